@@ -1,0 +1,1 @@
+"""Seam patches for vLLM: see patches/README.md."""

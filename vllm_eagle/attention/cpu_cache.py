@@ -1,0 +1,105 @@
+"""Read single tokens out of vLLM's packed CPU KV cache.
+
+vLLM's CPU kernels pack a block for the instruction set at hand (`isa`): keys transposed for AVX-512, in pairs for AMX, and so
+on. Writing goes through vLLM's own op; for reading, the layout is not guessed but probed: one block is written with known values
+and read back, which gives the offset of every (token, channel). A new packing in a new wheel is thus followed, not broken.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from vllm import _custom_ops as ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLayout:
+    """Offsets inside the keys (or values) of one block and head: block_size * head_dim numbers."""
+
+    key_offsets: torch.Tensor  # [block_size, head_dim] int64
+    value_offsets: torch.Tensor  # [block_size, head_dim] int64
+    key_is_transposed: bool  # keys are exactly [head_dim, block_size]
+    value_is_plain: bool  # values are exactly [block_size, head_dim]
+
+
+@cache
+def probe_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> PackedLayout:
+    """Find the layout by writing every token's index, then every channel's, and reading the raw block.
+
+    Raises:
+        RuntimeError: the packing is no permutation of tokens and channels, so single tokens cannot be read.
+    """
+    offsets = []
+    tokens, channels = _probe(isa, dtype, block_size, head_dim)
+    for token_at, channel_at in zip(tokens, channels, strict=True):
+        table = torch.full((block_size, head_dim), -1, dtype=torch.long)
+        table[token_at, channel_at] = torch.arange(block_size * head_dim)
+        if (table < 0).any():
+            raise RuntimeError(f"vLLM packs the CPU KV cache for isa={isa!r} in an unknown way; use --dtype float32 or report it")
+        offsets.append(table)
+    plain = torch.arange(block_size * head_dim).view(block_size, head_dim)
+    transposed = plain.reshape(head_dim, block_size).t()
+    return PackedLayout(offsets[0], offsets[1], torch.equal(offsets[0], transposed), torch.equal(offsets[1], plain))
+
+
+def _probe(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and channel found at every offset of keys and values: two [2, block_size * head_dim] int64."""
+    found = []
+    shape = (block_size, 1, head_dim)
+    for axis_size, axis in ((block_size, 0), (head_dim, 2)):
+        index = torch.arange(axis_size).view([-1 if a == axis else 1 for a in range(3)]).expand(shape)
+        digits = []  # base 64: bfloat16 holds integers up to 256 exactly
+        for digit in (index % 64, index // 64):
+            data = digit.to(dtype).contiguous()
+            cache_block = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=dtype)
+            key_cache, value_cache = split_block(cache_block)
+            ops.cpu_attn_reshape_and_cache(data, data, key_cache, value_cache, torch.arange(block_size), isa)
+            digits.append(cache_block.view(2, block_size * head_dim).long())
+        found.append(digits[0] + 64 * digits[1])
+    return found[0], found[1]
+
+
+def split_block(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as vLLM's CPU ops take them: two views [num_blocks, num_kv_heads, block_size, head_dim]."""
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    key_cache, value_cache = kv_cache.view(num_blocks, num_kv_heads, block_size * 2, -1).chunk(2, dim=2)
+    return key_cache, value_cache
+
+
+def read_blocks(
+    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_dim], vLLM's logical view
+    layout: PackedLayout,
+    blocks: torch.Tensor,  # [num_read] int64
+) -> tuple[torch.Tensor, torch.Tensor]:  # keys and values, [num_read * block_size, num_kv_heads, head_dim]
+    """Copy whole blocks out, token after token."""
+    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+    head_dim = width // 2
+    packed = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * head_dim)
+    out = kv_cache.new_empty(2, len(blocks), block_size, num_kv_heads, head_dim)
+    keys, values = packed[blocks, :, 0], packed[blocks, :, 1]
+    if layout.key_is_transposed:
+        out[0].copy_(keys.view(-1, num_kv_heads, head_dim, block_size).permute(0, 3, 1, 2))
+    else:
+        out[0].copy_(keys[:, :, layout.key_offsets].transpose(1, 2))
+    if layout.value_is_plain:
+        out[1].copy_(values.view(-1, num_kv_heads, block_size, head_dim).transpose(1, 2))
+    else:
+        out[1].copy_(values[:, :, layout.value_offsets].transpose(1, 2))
+    return out[0].flatten(0, 1), out[1].flatten(0, 1)
+
+
+def read_slots(
+    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_dim], vLLM's logical view
+    layout: PackedLayout,
+    slots: torch.Tensor,  # [num_tokens] int64
+) -> tuple[torch.Tensor, torch.Tensor]:  # keys and values, [num_tokens, num_kv_heads, head_dim]
+    """Copy single tokens out."""
+    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+    packed = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * width // 2)
+    block = (slots // block_size)[:, None, None]
+    head = torch.arange(num_kv_heads)[None, :, None]
+    token = slots % block_size
+    return (
+        packed[block, head, 0, layout.key_offsets[token][:, None]],
+        packed[block, head, 1, layout.value_offsets[token][:, None]],
+    )

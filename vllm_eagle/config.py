@@ -1,0 +1,91 @@
+"""Options of a draft tree, read from vLLM's `additional_config["vllm_eagle"]` and checked before a model is loaded."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from vllm_eagle.shapes import StaticShape, best_static_shape
+
+CONFIG_KEY = "vllm_eagle"
+Mode = Literal["dynamic", "static", "chain"]
+MAX_DRAFT_TOKENS = 127  # vLLM's rejection sampler, which profiling runs, allows 128 tokens per request
+
+
+@dataclass(frozen=True, slots=True)
+class TreeConfig:
+    """Shape of the draft trees. Verification cost grows with num_draft_tokens, drafting latency with max_depth."""
+
+    num_draft_tokens: int = 16  # most nodes per request, root not counted; vLLM's num_speculative_tokens
+    mode: Mode = "dynamic"  # dynamic: grown by confidence (EAGLE-2); static: one fixed shape (EAGLE-1); chain: no branches
+    topk: int = 8  # children drafted per expanded node, and nodes expanded per level
+    max_depth: int = 8  # most head passes per step; a chain may be as deep as it has nodes
+    coupled: bool = True  # draft with the noise that verification will use; false: plain top-k
+    confidence_scale: float = 0.7  # divides log-probabilities before they become confidences; below 1 trusts the head more
+    static_shape: StaticShape | None = None  # mode "static": child ranks from the root to each node, e.g. [[0], [1], [0, 0]]
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r} is unknown; set mode to one of {', '.join(get_args(Mode))}")
+        for name, low, high in (
+            ("num_draft_tokens", 1, MAX_DRAFT_TOKENS),
+            ("topk", 1, 64),
+            ("max_depth", 1, MAX_DRAFT_TOKENS),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} is not possible; set {name} to an integer from {low} to {high}")
+        if not isinstance(self.coupled, bool):
+            raise ValueError(f"coupled={self.coupled!r} is not possible; set coupled to true or false")
+        if isinstance(self.confidence_scale, bool) or not isinstance(self.confidence_scale, int | float):
+            raise ValueError(f"confidence_scale={self.confidence_scale!r} is not possible; set it to a number above 0")
+        if not 0 < self.confidence_scale <= 10:
+            raise ValueError(f"confidence_scale={self.confidence_scale} is not possible; set it above 0 and at most 10")
+        if self.static_shape is not None:
+            if self.mode != "static":
+                raise ValueError(f'static_shape needs mode "static", got mode "{self.mode}"; set mode or drop static_shape')
+            if len(self.static_shape) > self.num_draft_tokens:
+                raise ValueError(
+                    f"static_shape has {len(self.static_shape)} nodes, num_speculative_tokens allows "
+                    f"{self.num_draft_tokens}; raise num_speculative_tokens or remove nodes from static_shape"
+                )
+
+    @property
+    def depth_limit(self) -> int:
+        """Most levels that drafting may grow."""
+        if self.mode == "static":
+            return self.shape.depth
+        if self.mode == "chain":
+            return self.num_draft_tokens
+        return min(self.max_depth, self.num_draft_tokens)
+
+    @property
+    def children(self) -> int:
+        """Children drafted per expanded node."""
+        if self.mode == "static":
+            return self.shape.num_ranks
+        return 1 if self.mode == "chain" else min(self.topk, self.num_draft_tokens)
+
+    @property
+    def shape(self) -> StaticShape:
+        """The fixed shape of mode "static"."""
+        return self.static_shape or best_static_shape(self.num_draft_tokens)
+
+    @classmethod
+    def from_options(cls, num_draft_tokens: int, options: Mapping[str, Any]) -> "TreeConfig":
+        """Build from vLLM's num_speculative_tokens and the options under `additional_config["vllm_eagle"]`.
+
+        Raises:
+            ValueError: an option is unknown or has an impossible value; the message names it and the fix.
+        """
+        allowed = {field.name for field in dataclasses.fields(cls)} - {"num_draft_tokens"}
+        for name in options:
+            if name not in allowed:
+                raise ValueError(
+                    f"unknown option {name!r} in additional_config[{CONFIG_KEY!r}]; known options: {', '.join(sorted(allowed))}"
+                )
+        values = dict(options)
+        shape: Sequence[Sequence[int]] | None = values.get("static_shape")
+        if shape is not None:
+            values["static_shape"] = StaticShape.from_paths(shape)
+        return cls(num_draft_tokens=num_draft_tokens, **values)

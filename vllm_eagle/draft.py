@@ -1,0 +1,211 @@
+"""Grow draft trees: expand a level, rerank, keep the best nodes.
+
+The head gives log-probabilities of the next token after the root; the best children become level 1, the most promising of them
+are run through the head, their children become level 2, and so on. At the end the best nodes of all levels form the tree
+(EAGLE-2, arXiv 2406.16858, section 4). A node's score is the sum of the log confidences on its path, so it never exceeds its
+parent's and the best nodes always form a tree, whose every prefix in score order is a tree too.
+
+Two things differ from EAGLE-2:
+- Coupled drafting. A sampled token is `argmax(log p / T + noise)` with noise that is known before drafting. Ranking children by
+  `log q / T + noise` proposes what the target is about to sample; at T = 0 the noise is zero and this is plain EAGLE-2.
+- Growth stops when no unexpanded node could still enter the tree, so a small confident tree becomes a chain by itself and
+  hopeless branches cost no head pass. With as many nodes as a chain, the tree contains the chain where that is best.
+
+Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_eagle.config import TreeConfig
+from vllm_eagle.tree import DraftTree
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Nodes that the head runs next, `width` per request. Unused places hold copies; their results are ignored."""
+
+    depth: int  # of these nodes; the root has depth 0
+    token_ids: torch.Tensor  # [num_reqs, width] int64
+    parent_rows: torch.Tensor  # [num_reqs, width] int64, place of the parent in the previous level (0 for the root)
+    ancestors: torch.Tensor  # [num_reqs, width, rows] bool over the rows of all levels up to and including this one
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What growth must know of one request."""
+
+    root_token_id: int
+    num_draft_tokens: int  # most nodes besides the root; 0 drafts nothing
+    temperature: float = 0.0  # 0 is greedy
+    chain_only: bool = False  # one child per node, e.g. because a grammar advances along a chain
+
+
+RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, vocab] after each node of the level
+NoiseAt = Callable[[int], torch.Tensor]  # depth of the drafted token -> noise [num_reqs, vocab], zero for greedy requests
+
+
+def grow(
+    requests: list[Request],
+    root_logits: torch.Tensor,  # [num_reqs, vocab], the head's logits after the root
+    run_head: RunHead,
+    config: TreeConfig,
+    noise_at: NoiseAt | None = None,  # None: uncoupled
+) -> list[DraftTree]:
+    """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
+    pool = _Pool(requests, config, root_logits.device)
+    coupled = noise_at is not None
+    ranker = _Ranker(requests, config.confidence_scale, coupled, root_logits.device)
+    frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children)
+    logits = root_logits[:, None]
+    for depth in range(1, config.depth_limit + 1):
+        confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
+        pool.add(tokens, confidences, frontier.allowed(depth, confidences))
+        if depth == config.depth_limit:
+            break
+        chosen = frontier.choose(depth)
+        if chosen is None:
+            break
+        logits = run_head(pool.expand(depth, chosen))
+    return pool.trees()
+
+
+class _Ranker:
+    """Order the children of a node and say how sure the head is of each."""
+
+    def __init__(self, requests: list[Request], confidence_scale: float, coupled: bool, device: torch.device):
+        temperature = torch.tensor([r.temperature for r in requests], device=device)
+        sampled = temperature > 0
+        self._temperature = torch.where(sampled, temperature, 1.0)[:, None, None]
+        # With the noise known, or none, the outcome is certain and only the head's error is left: the confidence may be
+        # sharper than the probability. Without the noise, the probability at this temperature is the acceptance.
+        decided = ~sampled | coupled
+        self._scale = torch.where(decided, confidence_scale, 1.0)[:, None, None]
+
+    def children(
+        self,
+        logits: torch.Tensor,  # [num_reqs, width, vocab]
+        noise: torch.Tensor | None,  # [num_reqs, vocab]
+        num_children: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # log confidences and token ids, [num_reqs, width, num_children], best first
+        ranking = logits.float().log_softmax(-1) / self._temperature
+        if noise is not None:
+            ranking = ranking + noise[:, None]
+        values, tokens = (ranking / self._scale).topk(min(num_children, ranking.shape[-1]), dim=-1)
+        return values - (ranking / self._scale).logsumexp(-1, keepdim=True), tokens
+
+
+class _Pool:
+    """All drafted nodes of all requests so far, level by level, without the roots."""
+
+    def __init__(self, requests: list[Request], config: TreeConfig, device: torch.device):
+        num_reqs = len(requests)
+        self.requests = requests
+        self.budgets = torch.tensor([min(r.num_draft_tokens, config.num_draft_tokens) for r in requests], device=device)
+        self.max_budget = int(self.budgets.max()) if num_reqs else 0
+        self._chain_only = torch.tensor([r.chain_only for r in requests], device=device)
+        self.tokens = torch.empty(num_reqs, 0, dtype=torch.long, device=device)
+        self.scores = torch.empty(num_reqs, 0, device=device)
+        self.parents = torch.empty(num_reqs, 0, dtype=torch.long, device=device)  # place in the pool, -1 is the root
+        self.level_start = 0
+        self.num_children = 0  # per expanded node, in the newest level
+        # The rows that the head ran last: their place in the pool, score and ancestors. At first the root.
+        self._row_nodes = torch.full((num_reqs, 1), -1, dtype=torch.long, device=device)
+        self._row_scores = torch.zeros(num_reqs, 1, device=device)
+        self._row_ancestors = torch.zeros(num_reqs, 1, 0, dtype=torch.bool, device=device)
+
+    def add(self, tokens: torch.Tensor, confidences: torch.Tensor, allowed: torch.Tensor) -> None:
+        """Add the children of the rows that ran last: tokens, log confidences and allowed, [num_reqs, width, children]."""
+        num_reqs, width, children = tokens.shape
+        allowed = allowed & ~(self._chain_only[:, None, None] & (torch.arange(children, device=tokens.device) > 0))
+        scores = (self._row_scores[:, :, None] + confidences.clamp(max=0)).masked_fill(~allowed, NEVER)
+        parents = self._row_nodes[:, :, None].expand(-1, -1, children)
+        self.level_start = self.tokens.shape[1]
+        self.tokens = torch.cat([self.tokens, tokens.reshape(num_reqs, -1)], 1)
+        self.scores = torch.cat([self.scores, scores.reshape(num_reqs, -1)], 1)
+        self.parents = torch.cat([self.parents, parents.reshape(num_reqs, -1)], 1)
+        self.num_children = children
+
+    def expand(self, depth: int, places: torch.Tensor) -> Level:
+        """Make the nodes at `places` [num_reqs, width] of the newest level the rows that run next."""
+        nodes = self.level_start + places
+        parent_rows = places // self.num_children
+        width = places.shape[1]
+        inherited = self._row_ancestors.gather(1, parent_rows[:, :, None].expand(-1, -1, self._row_ancestors.shape[2]))
+        itself = torch.eye(width, dtype=torch.bool, device=places.device).expand(places.shape[0], -1, -1)
+        self._row_nodes = nodes
+        self._row_scores = self.scores.gather(1, nodes)
+        self._row_ancestors = torch.cat([inherited, itself], 2)
+        return Level(depth, self.tokens.gather(1, nodes), parent_rows, self._row_ancestors)
+
+    def nth_best(self) -> torch.Tensor:
+        """Score that a new node must beat to enter its request's tree: [num_reqs]."""
+        ranked = self.scores.sort(dim=1, descending=True).values
+        padding = ranked.new_full((ranked.shape[0], 1), NEVER)
+        last = (self.budgets - 1).clamp(min=0, max=ranked.shape[1])
+        bound = torch.cat([ranked, padding], 1).gather(1, last[:, None])[:, 0]
+        return bound.masked_fill(self.budgets == 0, float("inf"))
+
+    def trees(self) -> list[DraftTree]:
+        """Rerank: the best nodes of each request, parents first."""
+        # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
+        scores, order = self.scores.sort(dim=1, descending=True, stable=True)
+        ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        parent_places = self.parents.gather(1, order)
+        parent_nodes = torch.where(parent_places < 0, 0, ranks.gather(1, parent_places.clamp(min=0)) + 1)
+        counts = torch.minimum((scores > NEVER).sum(1), self.budgets).tolist()
+        columns = [x[:, : self.max_budget].cpu().numpy() for x in (self.tokens.gather(1, order), parent_nodes, scores)]
+        trees = []
+        for i, (request, count) in enumerate(zip(self.requests, counts, strict=True)):
+            tokens, parents, path_scores = (column[i, :count] for column in columns)
+            trees.append(
+                DraftTree(
+                    np.concatenate([[request.root_token_id], tokens]).astype(np.int64),
+                    np.concatenate([[0], parents]).astype(np.int64),
+                    np.concatenate([[0.0], path_scores]).astype(np.float32),
+                )
+            )
+        return trees
+
+
+class _BestFrontier:
+    """Dynamic trees: expand the best nodes of the newest level that could still lead into the tree."""
+
+    def __init__(self, pool: _Pool, width: int):
+        self._pool, self._width = pool, width
+
+    def allowed(self, depth: int, confidences: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(confidences, dtype=torch.bool)
+
+    def choose(self, depth: int) -> torch.Tensor | None:
+        newest = self._pool.scores[:, self._pool.level_start :]
+        scores, places = newest.topk(min(self._width, newest.shape[1]), dim=1)
+        hopeful = (scores > self._pool.nth_best()[:, None]).sum(1).max().item()
+        return places[:, : int(hopeful)] if hopeful else None
+
+
+class _StaticFrontier:
+    """Fixed shapes: expand the nodes that have children in the shape."""
+
+    def __init__(self, pool: _Pool, config: TreeConfig):
+        self._pool, self._shape = pool, config.shape
+
+    def allowed(self, depth: int, confidences: torch.Tensor) -> torch.Tensor:
+        rows = self._shape.inner(depth - 1)
+        mask = torch.zeros(confidences.shape[1:], dtype=torch.bool, device=confidences.device)
+        for path in self._shape.level(depth):
+            if path[-1] < mask.shape[1]:  # a vocabulary may be smaller than the shape's ranks
+                mask[rows.index(path[:-1]), path[-1]] = True
+        return mask.expand_as(confidences)
+
+    def choose(self, depth: int) -> torch.Tensor | None:
+        rows, inner = self._shape.inner(depth - 1), self._shape.inner(depth)
+        places = [rows.index(path[:-1]) * self._pool.num_children + path[-1] for path in inner]
+        if not places:
+            return None
+        return torch.tensor(places, device=self._pool.tokens.device).expand(self._pool.tokens.shape[0], -1)

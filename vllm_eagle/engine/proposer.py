@@ -1,0 +1,235 @@
+"""Draft trees with vLLM's own EAGLE-1 and EAGLE-3 heads.
+
+The head first runs over the tokens that the target has just committed, with the target's true features, and writes their keys and
+values to the head's own layer of the paged cache: that is vLLM's first pass, unchanged. Then it runs level by level over drafted
+nodes, whose keys and values stay in scratch. Which nodes to draft is decided in vllm_eagle/draft.py.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.spec_decode.eagle import EagleProposer
+
+from vllm_eagle.attention.cpu import DraftLevels
+from vllm_eagle.config import TreeConfig
+from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.noise import gumbel, peek_seeds
+from vllm_eagle.tree import DraftTree
+
+
+class EagleTreeProposer(EagleProposer):
+    """vLLM's EAGLE proposer with trees in place of chains."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        config: TreeConfig,
+        requests_to_draft: Callable[[], dict[int, Request]],  # by row in the batch
+        keep: Callable[[dict[int, DraftTree]], None],
+        paths: Callable[[], Sequence[Sequence[int]]],  # accepted nodes per request of this step, root left out
+    ):
+        super().__init__(vllm_config, device)
+        self._config = config
+        self._requests_to_draft = requests_to_draft
+        self._keep = keep
+        self._paths = paths
+
+    def prepare_inputs(
+        self,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampled_token_ids: list[list[int]],
+        num_draft_tokens: list[int],
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+        """As vLLM's, but the rows handed to the head are those of the accepted path instead of the first ones.
+
+        Slots stay the contiguous ones that vLLM computes: the path's target keys and values were compacted to them.
+        """
+        metadata, _ = super().prepare_inputs(common_attn_metadata, sampled_token_ids, num_draft_tokens)
+        # vLLM lets both point to the same memory on CPU, and later adds to each.
+        metadata.seq_lens = metadata.seq_lens.clone()
+        starts = common_attn_metadata.query_start_loc_cpu.tolist()
+        rows: list[int] = []
+        per_request = zip(self._paths(), num_draft_tokens, starts, starts[1:], strict=False)
+        for path, num_drafts, start, end in per_request:
+            root = end - 1 - num_drafts
+            rows += [*range(start, root + 1), *(root + node for node in path)]
+        assert len(rows) == metadata.num_actual_tokens
+        return metadata, torch.tensor(rows, device=self.device)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,  # [num_tokens]
+        target_positions: torch.Tensor,  # [num_tokens]
+        target_hidden_states: torch.Tensor,  # [num_tokens, hidden], EAGLE-3: [num_tokens, num_aux * hidden]
+        next_token_ids: torch.Tensor,  # [num_reqs]
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]] | None = None,
+    ) -> list[list[int]]:
+        """Draft one tree per request; returns the tokens of nodes 1..n of each, empty for requests that cannot draft."""
+        if self.method == "eagle3":
+            target_hidden_states = self.model.combine_hidden_states(target_hidden_states)
+        last_hidden, hidden, last_rows = self._first_pass(
+            target_token_ids, target_positions, target_hidden_states, next_token_ids, common_attn_metadata
+        )
+        drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
+        requests = self._requests_to_draft()
+        if requests and num_speculative_tokens > 0:
+            chosen = torch.tensor(list(requests), device=self.device)
+            rows = last_rows[chosen]
+            level_pass = _LevelPass(self, common_attn_metadata, chosen, hidden[rows], self.positions[rows])
+            filters = _Filters(sampling_metadata, chosen)
+            trees = grow(
+                list(requests.values()),
+                filters(self.model.compute_logits(last_hidden[rows])),
+                lambda level: filters(level_pass(level)),
+                self._config,
+                self._noise(requests, sampling_metadata) if self._config.coupled else None,
+            )
+            by_row = dict(zip(requests, trees, strict=True))
+            self._keep(by_row)
+            for row, tree in by_row.items():
+                drafts[row] = tree.draft_token_ids
+        return drafts
+
+    def _first_pass(
+        self,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        metadata: CommonAttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the head over committed tokens: features for logits, features to feed back, last row of each request."""
+        num_tokens, last_rows, metadata = self.set_inputs_first_pass(
+            target_token_ids=target_token_ids,
+            next_token_ids=next_token_ids,
+            target_positions=target_positions,
+            target_hidden_states=target_hidden_states,
+            token_indices_to_sample=None,
+            cad=metadata,
+            num_rejected_tokens_gpu=None,
+        )
+        _, per_layer_metadata = self.build_per_group_and_layer_attn_metadata(metadata)
+        mode, num_input_tokens, across_dp = self._determine_batch_execution_and_padding(num_tokens)
+        model_inputs, slot_mapping_size = self.build_model_inputs_first_pass(num_tokens, num_input_tokens, None)
+        with set_forward_context(
+            per_layer_metadata,
+            self.vllm_config,
+            num_tokens=num_input_tokens,
+            num_tokens_across_dp=across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=self._get_slot_mapping(slot_mapping_size, metadata.slot_mapping),
+        ):
+            last_hidden, hidden = self.model(**model_inputs)
+        return last_hidden, hidden, last_rows
+
+    def _noise(self, requests: dict[int, Request], metadata: SamplingMetadata) -> NoiseAt:
+        """Noise of the coming positions of each request; zero where decoding is greedy."""
+        depth = self._config.depth_limit
+        seeds = torch.zeros(len(requests), depth, dtype=torch.long)
+        sampled = torch.tensor([request.temperature > 0 for request in requests.values()])
+        for i, (row, request) in enumerate(requests.items()):
+            if request.temperature > 0:
+                seeds[i] = peek_seeds(metadata.generators[row], depth)
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+
+        def noise_at(depth: int) -> torch.Tensor:
+            noise = torch.zeros(len(requests), vocab_size)
+            noise[sampled] = gumbel(seeds[sampled, depth - 1], vocab_size)
+            return noise
+
+        return noise_at
+
+    @torch.inference_mode()
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """One pass of the head, as a first pass or a level would be; vLLM's runs one per drafted token."""
+        nodes, self.num_speculative_tokens = self.num_speculative_tokens, 1
+        try:
+            super().dummy_run(num_tokens, use_cudagraphs, is_graph_capturing, slot_mappings)
+        finally:
+            self.num_speculative_tokens = nodes
+
+
+class _LevelPass:
+    """Runs the head over one level after the other; each node takes its token and the feature that its parent gave."""
+
+    def __init__(
+        self,
+        proposer: EagleTreeProposer,
+        metadata: CommonAttentionMetadata,
+        chosen: torch.Tensor,  # [num_drafting] int64, rows in the batch
+        root_hidden: torch.Tensor,  # [num_drafting, hidden], what the head made of the root
+        root_positions: torch.Tensor,  # [num_drafting]
+    ):
+        self._proposer = proposer
+        self._positions = root_positions
+        self._hidden = root_hidden[:, None]  # [num_drafting, width, hidden] of the previous level
+        self._levels = DraftLevels(
+            metadata.block_table_tensor[chosen], metadata.seq_lens[chosen].long(), proposer.block_size
+        )
+
+    def __call__(self, level: Level) -> torch.Tensor:
+        proposer = self._proposer
+        self._levels.start(level)
+        num_reqs, width = level.token_ids.shape
+        parents = level.parent_rows[:, :, None].expand(-1, -1, self._hidden.shape[2])
+        # A node beyond the model's length is never scheduled; its position only has to stay inside the rotary table.
+        positions = (self._positions[:, None] + level.depth).clamp(max=proposer.max_model_len - 1)
+        rows = num_reqs * width
+        mode, num_input_tokens, across_dp = proposer._determine_batch_execution_and_padding(rows)
+        proposer.input_ids[:rows] = level.token_ids.flatten()
+        proposer._set_positions(rows, positions.expand(-1, width).flatten())
+        proposer.hidden_states[:rows] = self._hidden.gather(1, parents).flatten(0, 1)
+        model_inputs, _ = proposer.build_model_inputs_first_pass(rows, num_input_tokens, None)
+        with set_forward_context(
+            dict.fromkeys(proposer._draft_attn_layer_names, self._levels),
+            proposer.vllm_config,
+            num_tokens=num_input_tokens,
+            num_tokens_across_dp=across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping={},  # nothing is written to the paged cache
+        ):
+            last_hidden, hidden = proposer.model(**model_inputs)
+        self._hidden = hidden[:rows].view(num_reqs, width, -1)
+        return proposer.model.compute_logits(last_hidden[:rows]).view(num_reqs, width, -1)
+
+
+class _Filters:
+    """The target's top-k and top-p on the head's logits: what the target cannot sample is not worth drafting."""
+
+    def __init__(self, metadata: SamplingMetadata, chosen: torch.Tensor):
+        self._top_k = None if metadata.top_k is None else metadata.top_k[chosen]
+        self._top_p = None if metadata.top_p is None else metadata.top_p[chosen]
+        self._temperature = None
+        if metadata.temperature is not None:
+            temperature = metadata.temperature[chosen]
+            self._temperature = torch.where(temperature > 0, temperature, 1.0)
+        self._active = self._temperature is not None and (self._top_k is not None or self._top_p is not None)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [num_drafting, (width,) vocab] with impossible tokens at minus infinity."""
+        if not self._active:
+            return logits
+        width = 1 if logits.dim() == 2 else logits.shape[1]
+        flat = logits.float().view(-1, logits.shape[-1])
+        temperature = self._temperature.repeat_interleave(width)[:, None]
+        top_k, top_p = (None if x is None else x.repeat_interleave(width) for x in (self._top_k, self._top_p))
+        return (apply_top_k_top_p(flat / temperature, top_k, top_p) * temperature).view(logits.shape)

@@ -1,0 +1,253 @@
+"""The model runner with draft trees. One step:
+
+    _prepare_inputs            lay out the trees that the scheduler scheduled; positions by depth
+    _build_attention_metadata  hand the trees to attention
+    _sample                    score all nodes, walk (scorer.py)
+    _update_states_after_...   compact the accepted paths' keys and values
+    drafter.propose            grow the next trees (proposer.py)
+
+Everything else is vLLM's. Trees live here, by request id; vLLM's scheduler sees ordinary draft tokens.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from vllm_eagle import compact
+from vllm_eagle.accept import Walk
+from vllm_eagle.config import CONFIG_KEY, TreeConfig
+from vllm_eagle.draft import Request
+from vllm_eagle.engine.proposer import EagleTreeProposer
+from vllm_eagle.engine.scorer import PADDING, EagleTreeScorer
+from vllm_eagle.metrics import TreeMetrics
+from vllm_eagle.tree import DraftTree
+from vllm_eagle.verify import TreeBatch, lay_out
+
+logger = init_logger(__name__)
+
+_GREEDY_BELOW = 1e-5  # temperatures that vLLM treats as greedy
+
+
+class EagleTreeCPUModelRunner(CPUModelRunner):
+    """vLLM's CPU model runner, verifying trees."""
+
+    def init_trees(self) -> None:
+        """Replace drafter, scorer and logits processors; the rest of the runner is as vLLM built it."""
+        spec = self.speculative_config
+        self.tree_config = TreeConfig.from_options(
+            spec.num_speculative_tokens, self.vllm_config.additional_config.get(CONFIG_KEY, {})
+        )
+        self.tree_metrics = TreeMetrics()
+        self.traced: list[dict[str, object]] = []
+        self._steps_to_trace = 0
+        self._stored: dict[str, DraftTree] = {}  # drafted in the last step, by request id
+        self._scheduled: list[DraftTree] = []  # of this step, by row in the batch
+        self._tree_batch: TreeBatch | None = None  # those of them that have drafted nodes
+        self._walks: list[Walk] = []
+        self.scorer = EagleTreeScorer(self.sampler)
+        self.drafter = EagleTreeProposer(
+            self.vllm_config,
+            self.device,
+            self.tree_config,
+            requests_to_draft=self._requests_to_draft,
+            keep=self._keep_trees,
+            paths=lambda: [walk.path for walk in self._walks],
+        )
+        # vLLM leaves min-p, logit bias and custom processors out under speculation; the scorer runs them as plain decoding does.
+        without_speculation = copy.copy(self.vllm_config)
+        without_speculation.speculative_config = None
+        custom = tuple(self.model_config.logits_processors or ())
+        self.input_batch.logitsprocs = build_logitsprocs(without_speculation, self.device, PIN_MEMORY, False, custom)
+        self.input_batch.logitsprocs_need_output_token_ids = bool(custom)
+        logger.info("Draft trees: %s", self.tree_config)
+
+    def _keep_trees(self, trees: dict[int, DraftTree]) -> None:
+        for row, tree in trees.items():
+            self._stored[self.input_batch.req_ids[row]] = tree
+            self.tree_metrics.num_drafted += tree.num_nodes - 1
+
+    def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
+        super()._on_request_state_removed(req_id, req_state)
+        self._stored.pop(req_id, None)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
+        # vLLM stops drafting for the whole batch when one request nears the model's length; we stop per request.
+        return common_attn_metadata is not None
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        ends = np.cumsum(num_scheduled_tokens)
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        self._scheduled = [self._scheduled_tree(req_id, scheduled.get(req_id, [])) for req_id in self.input_batch.req_ids]
+        with_tree = [row for row, tree in enumerate(self._scheduled) if tree.num_nodes > 1]
+        self._tree_batch = None
+        if with_tree:
+            trees = [self._scheduled[row] for row in with_tree]
+            context_lens = [
+                self.input_batch.num_computed_tokens_cpu[row] + num_scheduled_tokens[row] - tree.num_nodes
+                for row, tree in zip(with_tree, trees, strict=True)
+            ]
+            first_rows = [ends[row] - tree.num_nodes for row, tree in zip(with_tree, trees, strict=True)]
+            self._tree_batch = lay_out(trees, with_tree, first_rows, context_lens)
+            # vLLM derived slots from consecutive positions, which is where we want the nodes; positions go by depth.
+            rows = torch.from_numpy(self._tree_batch.rows)
+            self.positions[rows] = torch.from_numpy(self._tree_batch.positions).to(self.positions.dtype)
+        self._own_noise_streams()
+        return prepared
+
+    def _scheduled_tree(self, req_id: str, token_ids: list[int]) -> DraftTree:
+        """The tree behind the draft tokens that the scheduler scheduled for a request."""
+        if not token_ids:
+            return DraftTree.root_only(PADDING)
+        if token_ids[0] == PADDING:  # vLLM pads a new request to the size of running ones; such nodes match nothing
+            return DraftTree.chain([PADDING, *token_ids])
+        stored = self._stored.get(req_id)
+        if stored is None or stored.draft_token_ids[: len(token_ids)] != token_ids:
+            raise RuntimeError(
+                f"request {req_id}: scheduled draft tokens {token_ids} are no prefix of the tree that was drafted "
+                f"({None if stored is None else stored.draft_token_ids}). Something between worker and scheduler changed "
+                "them; this is a bug in vllm_eagle or in another plugin."
+            )
+        return stored.prefix(len(token_ids) + 1)
+
+    def _own_noise_streams(self) -> None:
+        """Give unseeded sampling requests a private generator, so that their coming noise can be known too."""
+        batch = self.input_batch
+        for req_id in batch.random_reqs:
+            row = batch.req_id_to_index[req_id]
+            if row not in batch.generators:
+                seed = int(torch.randint(0, 2**63 - 1, (1,)))
+                generator = torch.Generator(device=self.device).manual_seed(seed)
+                self.requests[req_id].generator = batch.generators[row] = generator
+
+    def _build_attention_metadata(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], CommonAttentionMetadata | None]:
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        if self._tree_batch is not None and not kwargs.get("for_cudagraph_capture", False):
+            attached: set[int] = set()
+            for group in self._attn_group_iterator():
+                group_metadata = metadata[group.layer_names[0]]
+                if id(group_metadata) not in attached:  # layers of a group share one object
+                    group.get_metadata_builder().attach(group_metadata, self._tree_batch)
+                    attached.add(id(group_metadata))
+        return metadata, common
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        num_reqs = self.input_batch.num_reqs
+        discarded = set(np.flatnonzero(self.discard_request_mask.np[:num_reqs]).tolist())
+        output, self._walks = self.scorer.score(
+            logits,
+            self._scheduled,
+            self.input_batch.sampling_metadata,
+            [self.requests[req_id].output_token_ids for req_id in self.input_batch.req_ids],
+            discarded,
+        )
+        self._count(discarded)
+        return output
+
+    def _count(self, discarded: set[int]) -> None:
+        self.tree_metrics.num_passes += 1
+        for row, walk in enumerate(self._walks):
+            if walk.tree.num_nodes > 1 and row not in discarded:
+                self.tree_metrics.count(walk.tree.num_nodes - 1, len(walk.path))
+                if self._steps_to_trace:
+                    self.traced.append(
+                        {
+                            "req_id": self.input_batch.req_ids[row],
+                            "token_ids": [self.input_batch.token_ids_cpu[row, self._root_position(row)].item()]
+                            + walk.tree.draft_token_ids,
+                            "parents": walk.tree.parents.tolist(),
+                            "scores": walk.tree.scores.tolist(),
+                            "path": list(walk.path),
+                            "emitted": list(walk.token_ids),
+                        }
+                    )
+        self._steps_to_trace = max(0, self._steps_to_trace - 1)
+
+    def _root_position(self, row: int) -> int:
+        return int(self.input_batch.num_tokens_no_spec[row]) - 1
+
+    def trace_steps(self, num_steps: int) -> None:
+        """Record trees and accepted paths of the next `num_steps` steps in `traced`."""
+        self.traced, self._steps_to_trace = [], num_steps
+
+    def _update_states_after_model_execute(
+        self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput
+    ) -> None:
+        super()._update_states_after_model_execute(output_token_ids, scheduler_output)
+        if self._tree_batch is not None:
+            self._compact(self._tree_batch)
+            self._tree_batch = None
+
+    def _compact(self, batch: TreeBatch) -> None:
+        paths = [self._walks[row].path for row in batch.req_indices]
+        index, sources, targets = compact.moves(paths, batch.context_lens.tolist())
+        if len(index) == 0:
+            return
+        rows = batch.req_indices[index]
+        done: set[int] = set()
+        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            block_table = self.input_batch.block_table[gid].get_numpy_array()
+            for name in group.layer_names:
+                layer = self.compilation_config.static_forward_context[name]
+                kv_cache = layer.kv_cache
+                # The head's own layer holds no tree nodes; layers that share a cache are moved once.
+                if name in self.drafter._draft_attn_layer_names or kv_cache.data_ptr() in done:
+                    continue
+                done.add(kv_cache.data_ptr())
+                block_size = kv_cache.shape[2]
+                from_slots, to_slots = (
+                    torch.from_numpy(compact.slots(block_table, rows, x, block_size)) for x in (sources, targets)
+                )
+                layer.impl.move_slots(layer, kv_cache, from_slots, to_slots)
+        self.tree_metrics.num_moved += len(index)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        # For requests whose prompt is not complete vLLM rewinds the generator by one draw, which CPU generators cannot do. The
+        # scorer drew nothing for them, so there is nothing to rewind: keep their generators out of sight.
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+        hidden = {row: generators.pop(row) for row in discarded if row in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    def _requests_to_draft(self) -> dict[int, Request]:
+        """Requests that get a tree for the next step, by row, and how large it may be."""
+        batch = self.input_batch
+        requests: dict[int, Request] = {}
+        most_requests = self.max_num_tokens // self.tree_config.children  # a level must fit vLLM's input buffers
+        for row, req_id in enumerate(batch.req_ids):
+            if len(requests) == most_requests:
+                break
+            if self.discard_request_mask.np[row]:
+                continue
+            state = self.requests[req_id]
+            params = state.sampling_params
+            num_tokens = int(batch.num_tokens_no_spec[row])
+            remaining = params.max_tokens - len(state.output_token_ids) if params.max_tokens is not None else self.max_model_len
+            # The last token of a request needs no draft, and slots end at the model's length.
+            room = min(self.num_spec_tokens if remaining > 1 else 0, self.max_model_len - num_tokens)
+            if room > 0:
+                requests[row] = Request(
+                    root_token_id=int(batch.token_ids_cpu[row, num_tokens - 1]),
+                    num_draft_tokens=room,
+                    temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
+                    chain_only=params.structured_outputs is not None,  # vLLM advances a grammar along a chain
+                )
+        return requests

@@ -1,0 +1,92 @@
+"""Score the nodes of all trees: sample along each tree with vLLM's own sampler and keep the path.
+
+The target pass gave one row of logits per node. Depth by depth, the rows of the nodes where the walks stand go through vLLM's
+`Sampler` as one batch with one row per request, exactly the call that plain decoding makes for that position: the same sampling
+metadata, penalties over the output so far, logits processors, and the next noise of the request's generator. Nothing is
+approximated or handled twice, so whatever the sampler knows is exact under trees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_eagle.accept import Walk
+from vllm_eagle.tree import DraftTree
+
+PADDING = -1  # what vLLM ignores in a row of sampled tokens
+
+
+class EagleTreeScorer:
+    """Turns logits of tree nodes into emitted tokens."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+
+    def score(
+        self,
+        logits: torch.Tensor,  # [sum of num_nodes, vocab]
+        trees: Sequence[DraftTree],  # one per request; a root alone where nothing was drafted
+        metadata: SamplingMetadata,
+        outputs: Sequence[list[int]],  # output tokens per request, the lists that logits processors hold on to
+        discarded: set[int],  # requests whose prompt is not complete: their sample is thrown away, so no noise is used
+    ) -> tuple[SamplerOutput, list[Walk]]:
+        """Walk all trees.
+
+        Returns:
+            sampled_token_ids [num_reqs, longest walk] int32, padded with -1, and logprobs of the same rows if asked for;
+            and the walks.
+        """
+        walks = [Walk(tree) for tree in trees]
+        first_rows = torch.tensor([0, *(tree.num_nodes for tree in trees)]).cumsum(0)[:-1]
+        sampled: list[torch.Tensor] = []
+        logprobs: list[LogprobsTensors] = []
+        walking = set(range(len(walks)))
+        while walking:
+            rows = first_rows + torch.tensor([walk.node for walk in walks])
+            generators = {i: g for i, g in metadata.generators.items() if i in walking and i not in discarded}
+            out = self._sampler(
+                logits=logits[rows.to(logits.device)],
+                # Drafted tokens are no business of the sampler's: rows are requests, as without speculation.
+                sampling_metadata=replace(metadata, generators=generators, spec_token_ids=None),
+            )
+            column = out.sampled_token_ids[:, 0]
+            for i, token_id in enumerate(column.tolist()):
+                if i in walking:
+                    walks[i].advance(token_id)
+            sampled.append(column)
+            if out.logprobs_tensors is not None:
+                logprobs.append(out.logprobs_tensors)
+            for i in list(walking):
+                if walks[i].done:
+                    walking.discard(i)
+                else:
+                    outputs[i].append(walks[i].token_ids[-1])
+            if walking:  # what vLLM does between two steps of plain decoding
+                for processor in metadata.logitsprocs.all:
+                    processor.update_state(None)
+        for walk, output in zip(walks, outputs, strict=True):
+            if walk.path:
+                del output[-len(walk.path) :]  # vLLM's bookkeeping appends the emitted tokens itself
+        return SamplerOutput(_stack_tokens(sampled, walks), _stack_logprobs(logprobs)), walks
+
+
+def _stack_tokens(sampled: list[torch.Tensor], walks: list[Walk]) -> torch.Tensor:
+    tokens = torch.stack(sampled, dim=1)
+    lens = torch.tensor([len(walk.token_ids) for walk in walks], device=tokens.device)
+    ended = torch.arange(tokens.shape[1], device=tokens.device) >= lens[:, None]
+    return tokens.masked_fill(ended, PADDING)
+
+
+def _stack_logprobs(logprobs: list[LogprobsTensors]) -> LogprobsTensors | None:
+    """Rows in the order that vLLM reads them in: request by request, depth by depth."""
+    if not logprobs:
+        return None
+    if len(logprobs) == 1:
+        return logprobs[0]
+    fields = ("logprob_token_ids", "logprobs", "selected_token_ranks")
+    stacked = (torch.stack([getattr(x, name) for x in logprobs], dim=1).flatten(0, 1) for name in fields)
+    return LogprobsTensors(*stacked)

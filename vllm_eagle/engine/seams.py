@@ -1,0 +1,116 @@
+"""What we rely on in vLLM: versions that were tested, and the signature of every symbol that we override.
+
+A vLLM bump is a checklist: `check_seams` names what changed and the file to edit.
+"""
+
+import inspect
+import os
+from functools import cache
+
+import vllm
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+TESTED_VERSIONS = ("0.32",)
+ALLOW_UNTESTED = "VLLM_EAGLE_ALLOW_UNTESTED"
+
+# class, method, parameters after self, the file here that relies on it
+_SEAMS = (
+    (CPUWorker, "init_device", "", "engine/worker.py"),
+    (
+        CPUWorker,
+        "__init__",
+        "vllm_config local_rank rank distributed_init_method is_driver_worker",
+        "engine/worker.py",
+    ),
+    (CPUModelRunner, "_prepare_inputs", "scheduler_output num_scheduled_tokens", "engine/runner.py"),
+    (
+        CPUModelRunner,
+        "_build_attention_metadata",
+        "num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices logits_indices "
+        "max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens slot_mappings",
+        "engine/runner.py",
+    ),
+    (CPUModelRunner, "_sample", "logits spec_decode_metadata", "engine/runner.py"),
+    (CPUModelRunner, "_update_states_after_model_execute", "output_token_ids scheduler_output", "engine/runner.py"),
+    (CPUModelRunner, "_input_fits_in_drafter", "common_attn_metadata", "engine/runner.py"),
+    (CPUModelRunner, "_on_request_state_removed", "req_id req_state", "engine/runner.py"),
+    (
+        CPUModelRunner,
+        "_bookkeeping_sync",
+        "scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
+        "engine/runner.py",
+    ),
+    (
+        EagleProposer,
+        "prepare_inputs",
+        "common_attn_metadata sampled_token_ids num_draft_tokens",
+        "engine/proposer.py",
+    ),
+    (
+        EagleProposer,
+        "propose",
+        "num_speculative_tokens target_token_ids target_positions target_hidden_states next_token_ids "
+        "token_indices_to_sample common_attn_metadata sampling_metadata mm_embed_inputs num_rejected_tokens_gpu slot_mappings",
+        "engine/proposer.py",
+    ),
+    (
+        EagleProposer,
+        "set_inputs_first_pass",
+        "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad "
+        "num_rejected_tokens_gpu",
+        "engine/proposer.py",
+    ),
+    (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/proposer.py"),
+    (Sampler, "forward", "logits sampling_metadata predict_bonus_token logprobs_mode_override", "engine/scorer.py"),
+    (
+        CPUAttentionBackendImpl,
+        "forward",
+        "layer query key value kv_cache attn_metadata output output_scale output_block_scale",
+        "attention/cpu.py",
+    ),
+    (CPUAttentionBackendImpl, "do_kv_cache_update", "layer key value kv_cache slot_mapping", "attention/cpu.py"),
+    (CPUAttentionMetadataBuilder, "build", "common_prefix_len common_attn_metadata fast_build", "attention/cpu.py"),
+)
+
+
+def changed_seams() -> list[str]:
+    """One line per upstream symbol whose parameters are not the ones that our override was written for."""
+    lines = []
+    for owner, name, expected, file in _SEAMS:
+        method = getattr(owner, name, None)
+        if method is None:
+            lines.append(f"{owner.__name__}.{name} is gone; edit {file}")
+            continue
+        found = list(inspect.signature(inspect.unwrap(method)).parameters)[1:]
+        if found != expected.split():
+            lines.append(f"{owner.__name__}.{name} now takes ({', '.join(found)}); edit {file}")
+    return lines
+
+
+def version_problem(version: str = vllm.__version__) -> str | None:
+    """Why this vLLM version is refused, or None."""
+    if any(version == tested or version.startswith(f"{tested}.") for tested in TESTED_VERSIONS):
+        return None
+    return (
+        f"vllm_eagle was not tested with vLLM {version}; install vLLM {' or '.join(TESTED_VERSIONS)}, "
+        f"or set {ALLOW_UNTESTED}=1 to try"
+    )
+
+
+@cache
+def check_seams() -> None:
+    """Refuse to start on a vLLM that differs where we hook in.
+
+    Raises:
+        ValueError: untested version, or changed signatures.
+    """
+    problem = version_problem()
+    if problem and os.environ.get(ALLOW_UNTESTED) != "1":
+        raise ValueError(problem)
+    changed = changed_seams()
+    if changed:
+        raise ValueError(f"vLLM {vllm.__version__} differs from the one vllm_eagle overrides:\n  " + "\n  ".join(changed))

@@ -1,0 +1,84 @@
+"""`register()`: what vLLM calls in every process (entry point `vllm.general_plugins`). Imports nothing heavy, may run twice.
+
+Two marked wraps, which touch nothing unless draft trees are asked for with `additional_config["vllm_eagle"]`:
+- `EngineArgs.create_engine_config` completes the speculative configuration and names our worker;
+- `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
+  the scorer runs vLLM's sampler as plain decoding does, so both are exact.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.serve import CPU_WORKER, speculative_settings
+
+_MARK = "_vllm_eagle_wraps"
+
+
+def register() -> None:
+    """Install the wraps once."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+    _wrap(EngineArgs, "create_engine_config", _with_trees)
+    _wrap(SamplingParams, "_validate_spec_decode", _unless_trees)
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, wrapped)
+
+
+def _with_trees(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if CONFIG_KEY in (self.additional_config or {}):
+        _ask_for_trees(self)
+    config = original(self, *args, **kwargs)
+    if is_tree_mode(config.speculative_config):
+        from vllm_eagle.engine.support import check_supported
+
+        check_supported(config)
+    return config
+
+
+def _ask_for_trees(args: Any) -> None:
+    """Fill in what tree mode needs; `args` is vLLM's EngineArgs."""
+    options = args.additional_config[CONFIG_KEY]
+    if not isinstance(options, dict):
+        raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be an object of tree options, got {options!r}")
+    settings = dict(args.speculative_config or {})
+    # vLLM's own short flags; it refuses them beside the same key of speculative_config, so they move over.
+    for flag, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+        value = getattr(args, flag)
+        if value is not None:
+            if key in settings:
+                raise ValueError(f"--{flag.replace('_', '-')} and speculative_config[{key!r}] are both set; remove one")
+            settings[key] = value
+            setattr(args, flag, None)
+    if args.worker_cls not in ("auto", CPU_WORKER):
+        raise ValueError(f"worker_cls={args.worker_cls} contradicts draft trees, which need their own worker; remove it")
+    if args.async_scheduling:
+        raise ValueError("async_scheduling=true contradicts draft trees; remove it")
+    args.speculative_config = speculative_settings(settings, options)
+    args.worker_cls = CPU_WORKER
+    args.async_scheduling = False
+
+
+def is_tree_mode(speculative_config: Any) -> bool:
+    """Whether vLLM's SpeculativeConfig belongs to an engine with our worker."""
+    if speculative_config is None or speculative_config.target_parallel_config is None:
+        return False
+    return str(speculative_config.target_parallel_config.worker_cls).startswith("vllm_eagle.")
+
+
+def _unless_trees(original: Callable[..., Any], self: Any, speculative_config: Any) -> None:
+    if not is_tree_mode(speculative_config):
+        original(self, speculative_config)

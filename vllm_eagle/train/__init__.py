@@ -1,0 +1,1 @@
+"""Train EAGLE heads."""
