@@ -93,7 +93,7 @@ def random_eagle1_head(folder: Path, **changes: object) -> Path:
     return _write(folder, llama_settings(num_hidden_layers=1, **changes), weights)
 
 
-def random_eagle3_head(folder: Path, draft_vocab: int = 256) -> Path:
+def random_eagle3_head(folder: Path, draft_vocab: int = 256, **changes: object) -> Path:
     """An EAGLE-3 head with a reduced draft vocabulary: every second token of the target's."""
     generator = torch.Generator().manual_seed(2)
     weights = _layer(generator, "midlayer.", 2 * HIDDEN) | {
@@ -106,6 +106,10 @@ def random_eagle3_head(folder: Path, draft_vocab: int = 256) -> Path:
         "t2d": torch.arange(VOCAB) % 2 == 0,
     }
     settings = llama_settings(
-        architectures=["LlamaForCausalLMEagle3"], num_hidden_layers=1, draft_vocab_size=draft_vocab
+        architectures=["LlamaForCausalLMEagle3"],
+        num_hidden_layers=1,
+        draft_vocab_size=draft_vocab,
+        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
+        **changes,
     )
     return _write(folder, settings, weights)

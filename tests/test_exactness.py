@@ -66,7 +66,7 @@ def mixed_params(num: int) -> list[SamplingParams]:
             kinds[i % len(kinds)],
             list(TEMPERATURES.values())[i % 3],
             seed=i,
-            max_tokens=[1, 2, 3, 17, 40, 64][i % 6],
+            max_tokens=max([1, 2, 3, 17, 40, 64][i % 6], KINDS[kinds[i % len(kinds)]].get("min_tokens", 0)),
             n=3 if i % 7 == 1 and i % 3 else 1,
         )
         for i in range(num)

@@ -1,1 +1,29 @@
-"""EAGLE draft trees for vLLM."""
+"""EAGLE draft trees for stock vLLM. One step, and where it is written:
+
+    draft    grow a tree per request with the EAGLE head              draft.py, shapes.py, noise.py; engine/proposer.py
+    verify   one target pass over all nodes of all requests           verify.py; attention/; engine/runner.py
+    accept   sample along the tree with vLLM's sampler, keep the path accept.py; engine/scorer.py
+    compact  move the path's keys and values to their own slots       compact.py; engine/runner.py
+
+Read tree.py first (what a tree is), then the four above. They know nothing of vLLM; engine/ does, and nothing else but
+attention/ (a backend), plugin.py (the entry point), llm.py and bench/. config.py holds the options, serve.py turns them into
+vLLM's, metrics.py counts, train/ makes heads, pair/ is a small model with its head.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_eagle.config import TreeConfig
+from vllm_eagle.tree import DraftTree
+
+if TYPE_CHECKING:
+    from vllm_eagle.llm import LLM
+
+__all__ = ["LLM", "DraftTree", "TreeConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":  # imports vLLM, which takes seconds; trees and options do without
+        from vllm_eagle.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,6 +67,12 @@ class TreeConfig:
         return 1 if self.mode == "chain" else min(self.topk, self.num_draft_tokens)
 
     @property
+    def most_level_rows(self) -> int:
+        """Most nodes of one request that the head may run over in a step."""
+        per_level = len(self.shape) if self.mode == "static" else self.children
+        return per_level * self.depth_limit
+
+    @property
     def shape(self) -> StaticShape:
         """The fixed shape of mode "static"."""
         return self.static_shape or best_static_shape(self.num_draft_tokens)

@@ -37,8 +37,8 @@ class DraftLevels:
     true features. Rows of earlier levels are attended again with each level, which costs less than a second kernel would.
     """
 
-    def __init__(self, block_table: torch.Tensor, context_lens: torch.Tensor, block_size: int):
-        self.context = cpu_kernel.Context.of(block_table, context_lens, block_size)
+    def __init__(self, block_table: torch.Tensor, context_lens: torch.Tensor, block_size: int, most_rows: int):
+        self.context = cpu_kernel.Context.of(block_table, context_lens, block_size, most_rows)
         self.width = 0  # rows per request of the newest level
         self.tree_rows: cpu_kernel.TreeRows | None = None
         self._contexts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -52,7 +52,7 @@ class DraftLevels:
         if self.tree_rows is not None:
             square[:, :before, :before] = self.tree_rows.ancestors
         square[:, before:] = level.ancestors
-        first_rows = torch.arange(num_reqs, dtype=torch.int32) * num_rows
+        first_rows = torch.arange(num_reqs) * num_rows
         self.tree_rows = cpu_kernel.TreeRows(first_rows, torch.full_like(first_rows, num_rows), square)
 
     def context_of(self, layer_name: str, kv_cache: torch.Tensor, layout: cpu_cache.PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,11 +95,14 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         """Divide the rows of `metadata` into those of `batch`'s trees and the rest."""
         with_tree = torch.from_numpy(batch.req_indices)
         metadata.context = cpu_kernel.Context.of(
-            metadata.block_table[with_tree], torch.from_numpy(batch.context_lens), self.block_size
+            metadata.block_table[with_tree],
+            torch.from_numpy(batch.context_lens),
+            self.block_size,
+            most_rows=batch.depths.shape[1],
         )
         metadata.tree_rows = cpu_kernel.TreeRows(
-            torch.from_numpy(batch.first_rows).int(),
-            torch.from_numpy(batch.num_nodes).int(),
+            torch.from_numpy(batch.first_rows),
+            torch.from_numpy(batch.num_nodes),
             torch.from_numpy(batch.ancestors),
         )
         query_lens = metadata.query_start_loc.diff()

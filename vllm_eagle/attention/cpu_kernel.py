@@ -1,14 +1,15 @@
 """Tree attention on CPU, for all trees of a batch in one call.
 
-bfloat16 and float16 run through `extend_attention_cpu`, a kernel with a tree mask that vLLM's CPU wheel carries. It reads keys and
-values token by token, so the context is copied out of vLLM's packed blocks first. Measured on one core (AVX-512, bfloat16, 17 rows
+bfloat16 runs through `extend_attention_cpu`, a kernel with a tree mask that vLLM's CPU wheel carries. It reads keys and values
+token by token, so the context is copied out of vLLM's packed blocks first. Measured on one core (AVX-512, bfloat16, 17 rows
 over 1,000 tokens, `python -m vllm_eagle.bench.attention`): the copy costs about half of the kernel, the two together are several
 times faster than batched matrix products, and keeping the whole cache token-major instead would save the copy but make rows
-without a tree 1.5 to 2.4 times slower than vLLM's own kernel. float32, which that kernel does not take, goes through torch's
-scaled_dot_product_attention.
+without a tree 1.5 to 2.4 times slower than vLLM's own kernel. What that kernel cannot do, float32 always and float16 without AMX,
+goes through torch's scaled_dot_product_attention.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,15 @@ class Context:
 
     blocks: torch.Tensor  # [num_read] int64
     lens: torch.Tensor  # [num_trees] int64
-    token_table: torch.Tensor  # [num_trees, max(lens)] int32, place of each context token in the buffer
+    token_table: torch.Tensor  # [num_trees, max(lens) + most rows] int32, place of each context token in the buffer
 
     @classmethod
-    def of(cls, block_table: torch.Tensor, context_lens: torch.Tensor, block_size: int) -> "Context":
-        """From block tables [num_trees, max_blocks] int32 and lengths [num_trees] int64."""
+    def of(cls, block_table: torch.Tensor, context_lens: torch.Tensor, block_size: int, most_rows: int) -> "Context":
+        """From block tables [num_trees, max_blocks] int32 and lengths [num_trees] int64; the kernel wants room for the rows."""
         counts = (context_lens + block_size - 1) // block_size
         used = torch.arange(block_table.shape[1]) < counts[:, None]
         starts = (counts.cumsum(0) - counts) * block_size
-        longest = max(1, int(context_lens.max()))
-        table = (starts[:, None] + torch.arange(longest)).to(torch.int32)
+        table = (starts[:, None] + torch.arange(int(context_lens.max()) + most_rows)).to(torch.int32)
         return cls(block_table[used].long(), context_lens, table)
 
 
@@ -37,9 +37,20 @@ class Context:
 class TreeRows:
     """The rows of every tree: consecutive rows of the query, keys and values."""
 
-    first_rows: torch.Tensor  # [num_trees] int32
-    num_rows: torch.Tensor  # [num_trees] int32
-    ancestors: torch.Tensor  # [num_trees, max_rows, max_rows] bool
+    first_rows: torch.Tensor  # [num_trees] int64
+    num_rows: torch.Tensor  # [num_trees] int64
+    ancestors: torch.Tensor  # [num_trees, max_rows, max_rows] bool; rows that pad a smaller tree see themselves
+
+    @property
+    def is_row(self) -> torch.Tensor:
+        """[num_trees, max_rows] bool, false for padding."""
+        return torch.arange(self.ancestors.shape[1]) < self.num_rows[:, None]
+
+    @property
+    def padded(self) -> torch.Tensor:
+        """Rows of the query, [num_trees, max_rows] int64; padding repeats the last row."""
+        offsets = torch.minimum(torch.arange(self.ancestors.shape[1]), self.num_rows[:, None] - 1)
+        return self.first_rows[:, None] + offsets
 
 
 def tree_attention(
@@ -54,22 +65,52 @@ def tree_attention(
     output: torch.Tensor,  # [num_tokens, num_heads, head_dim], only the trees' rows are written
 ) -> None:
     """Attend from every tree row to its context and its ancestors. Equals reference.tree_attention per tree."""
-    if query.dtype == torch.float32:
+    if not masked_kernel_runs(query.dtype):
         _by_sdpa(query, key, value, context_key, context_value, context, rows, scale, output)
         return
+    _by_masked_kernel(query, key, value, context_key, context_value, context, rows, scale, output)
+
+
+@cache
+def masked_kernel_runs(dtype: torch.dtype) -> bool:
+    """Whether vLLM's masked kernel exists and takes this dtype on this CPU: known by trying it once on one token."""
+    query, key = torch.zeros(1, 1, 32, dtype=dtype), torch.zeros(2, 1, 32, dtype=dtype)
+    context = Context(torch.zeros(0, dtype=torch.long), torch.ones(1, dtype=torch.long), torch.zeros(1, 2, dtype=torch.int32))
+    rows = TreeRows(torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.bool))
+    try:
+        _by_masked_kernel(query, key[:1], key[:1], key, key, context, rows, 1.0, query.clone())
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def _by_masked_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context_key: torch.Tensor,
+    context_value: torch.Tensor,
+    context: Context,
+    rows: TreeRows,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    num_trees, max_rows, _ = rows.ancestors.shape
+    padded = rows.padded.flatten()  # with a tree mask, the kernel takes as many rows from every sequence
+    attended = query.new_empty(len(padded), *query.shape[1:])
     torch.ops._C.extend_attention_cpu(
-        query,
-        key,
-        value,
-        output,
+        query[padded],
+        key[padded],
+        value[padded],
+        attended,
         context_key,
         context_value,
         context.token_table,
-        torch.arange(len(rows.num_rows)),
-        context.lens + rows.num_rows,
-        rows.num_rows,
-        rows.first_rows,
-        rows.ancestors.shape[1],
+        torch.arange(num_trees),
+        context.lens + max_rows,
+        torch.full((num_trees,), max_rows, dtype=torch.int32),
+        torch.arange(num_trees, dtype=torch.int32) * max_rows,
+        max_rows,
         scale,
         0.0,  # no logit soft cap
         False,  # no cross attention
@@ -78,6 +119,8 @@ def tree_attention(
         None,
         rows.ancestors.flatten(),
     )
+    is_row = rows.is_row.flatten()
+    output[padded[is_row]] = attended[is_row]
 
 
 def _by_sdpa(

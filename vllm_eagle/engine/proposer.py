@@ -39,6 +39,7 @@ class EagleTreeProposer(EagleProposer):
         self._requests_to_draft = requests_to_draft
         self._keep = keep
         self._paths = paths
+        self.most_level_rows = config.most_level_rows
 
     def prepare_inputs(
         self,
@@ -183,7 +184,10 @@ class _LevelPass:
         self._positions = root_positions
         self._hidden = root_hidden[:, None]  # [num_drafting, width, hidden] of the previous level
         self._levels = DraftLevels(
-            metadata.block_table_tensor[chosen], metadata.seq_lens[chosen].long(), proposer.block_size
+            metadata.block_table_tensor[chosen],
+            metadata.seq_lens[chosen].long(),
+            proposer.block_size,
+            most_rows=proposer.most_level_rows,
         )
 
     def __call__(self, level: Level) -> torch.Tensor:

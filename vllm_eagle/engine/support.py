@@ -1,9 +1,11 @@
 """What tree mode supports, checked before a model is loaded; everything else is refused with its reason and a way out."""
 
-import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
+
+logger = init_logger(__name__)
 
 PLAIN = "remove the draft-tree options to serve without trees"
 
@@ -87,7 +89,27 @@ def _head_reasons(vllm_config: VllmConfig) -> list[str]:
             f"head: {head.model} has a vocabulary of {head.get_vocab_size()}, {target.model} one of {target.get_vocab_size()}; "
             "set speculative_config.model to a head trained for this target"
         )
-    return reasons
+    return [*reasons, *_aux_layer_reasons(vllm_config)]
+
+
+def _aux_layer_reasons(vllm_config: VllmConfig) -> list[str]:
+    """EAGLE-3: three different layers of the target must be named, or vLLM's guess must make sense."""
+    spec = vllm_config.speculative_config
+    hf_config = spec.draft_model_config.hf_config
+    eagle_config = getattr(hf_config, "eagle_config", None) or {}
+    if spec.method != "eagle3" or not eagle_config.get("use_aux_hidden_state", True):
+        return []
+    named = getattr(hf_config, "eagle_aux_hidden_state_layer_ids", None) or eagle_config.get("eagle_aux_hidden_state_layer_ids")
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    layers = list(named or (2, num_layers // 2, num_layers - 3))
+    if len(set(layers)) == len(layers) and all(0 <= layer <= num_layers for layer in layers):
+        if not named:
+            logger.warning("The head does not name the target layers it was trained on; vLLM assumes %s.", layers)
+        return []
+    return [
+        f"head: {spec.draft_model_config.model} would read layers {layers} of a target with {num_layers}; "
+        "set eagle_aux_hidden_state_layer_ids in its config.json to the layers it was trained on"
+    ]
 
 
 def _engine_reasons(vllm_config: VllmConfig) -> list[str]:
@@ -108,8 +130,6 @@ def _engine_reasons(vllm_config: VllmConfig) -> list[str]:
         reasons.append(f"kv_cache_dtype {cache.cache_dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto")
     if scheduler.async_scheduling:
         reasons.append("async_scheduling schedules a step before the last tree is known; set async_scheduling to false")
-    if vllm_config.model_config.dtype != torch.float32 and not hasattr(torch.ops._C, "extend_attention_cpu"):
-        reasons.append("this vLLM build lacks the kernel extend_attention_cpu (it needs AVX-512); set dtype to float32")
     if spec is not None and spec.num_speculative_tokens:
         needed = spec.num_speculative_tokens + 1
         if needed > scheduler.max_num_batched_tokens:

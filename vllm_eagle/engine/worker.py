@@ -1,6 +1,5 @@
 """Workers that run draft trees. vLLM loads them by name (`worker_cls`), so a stock vLLM needs no change."""
 
-import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -44,13 +43,11 @@ class EagleTreeCPUWorker(CPUWorker):
             model_config.logits_processors = processors
         if not isinstance(self.model_runner, EagleTreeCPUModelRunner):
             self.model_runner.__class__ = EagleTreeCPUModelRunner
-            self.model_runner.init_trees()
+        self.model_runner.init_trees()
 
-    def _make_model_runner(self, vllm_config: VllmConfig, device: torch.device) -> EagleTreeCPUModelRunner:
+    def _make_model_runner(self) -> EagleTreeCPUModelRunner:
         """Used where patches/cpu_worker_factory.patch gives CPUWorker this seam, as the GPU worker has it."""
-        runner = EagleTreeCPUModelRunner(vllm_config, device)
-        runner.init_trees()
-        return runner
+        return EagleTreeCPUModelRunner(self.vllm_config, self.device)
 
     def eagle_stats(self) -> dict[str, float]:
         """Counters since start or since the last call of `reset_eagle_stats`; reachable through `collective_rpc`."""

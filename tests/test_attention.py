@@ -1,0 +1,126 @@
+"""The CPU kernel and the packed cache against plain torch, on ragged batches of trees in vLLM's own block layout."""
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+
+from vllm_eagle.attention import cpu_cache, cpu_kernel, reference
+from vllm_eagle.tree import node_depths
+
+BLOCK = 32
+
+
+def random_parents(num_nodes: int, generator: torch.Generator) -> list[int]:
+    return [0] + [int(torch.randint(0, node, (1,), generator=generator)) for node in range(1, num_nodes)]
+
+
+def ancestors_of(parents: list[int], size: int) -> torch.Tensor:
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        mask[node] |= mask[parent]
+        mask[node, node] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(6, 2, 64), (32, 8, 128), (4, 4, 32)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(1, 40)],  # (nodes, context)
+        [(17, 100), (1, 33), (5, 1), (61, 257)],
+        [(8, 31), (24, 32), (60, 64)],
+        [(16, 1000)],
+    ],
+)
+def test_tree_attention_equals_the_reference(dtype: torch.dtype, heads: tuple[int, int, int], sizes: list[tuple[int, int]]) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    # Blocks in random order, written by vLLM's own op; the trees' rows lie apart, in one packed projection as in a model.
+    counts = [-(-(context + nodes) // BLOCK) for nodes, context in sizes]
+    order = torch.randperm(sum(counts), generator=generator) + 1
+    kv_cache = torch.full((sum(counts) + 1, num_kv_heads, BLOCK, 2 * head_dim), float("nan"), dtype=dtype)
+    key_cache, value_cache = cpu_cache.split_block(kv_cache)
+    tables, contexts, taken = torch.zeros(len(sizes), max(counts), dtype=torch.int32), [], 0
+    for i, ((_, context), count) in enumerate(zip(sizes, counts, strict=True)):
+        blocks = order[taken : taken + count]
+        tables[i, :count] = blocks
+        taken += count
+        positions = torch.arange(context)
+        key, value = random(context, num_kv_heads, head_dim), random(context, num_kv_heads, head_dim)
+        slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, "vec")
+        contexts.append((key, value))
+    nodes = torch.tensor([n for n, _ in sizes])
+    first_rows = torch.tensor([3 + 2 * i for i in range(len(sizes))]) + nodes.cumsum(0) - nodes
+    num_rows = int(first_rows[-1] + nodes[-1]) + 2
+    projection = random(num_rows, num_heads + 2 * num_kv_heads, head_dim)
+    query, key, value = projection.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    parents = [random_parents(n, generator) for n, _ in sizes]
+    ancestors = torch.stack([ancestors_of(p, int(nodes.max())) for p in parents])
+
+    layout = cpu_cache.probe_layout("vec", dtype, BLOCK, head_dim)
+    context = cpu_kernel.Context.of(tables, torch.tensor([c for _, c in sizes]), BLOCK, int(nodes.max()))
+    read = cpu_cache.read_blocks(kv_cache, layout, context.blocks)
+    output = torch.full((num_rows, num_heads, head_dim), 7.0, dtype=dtype)
+    rows = cpu_kernel.TreeRows(first_rows, nodes, ancestors)
+    cpu_kernel.tree_attention(query, key, value, *read, context, rows, head_dim**-0.5, output)
+
+    untouched = torch.ones(num_rows, dtype=torch.bool)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for i, (n, _) in enumerate(sizes):
+        own = slice(int(first_rows[i]), int(first_rows[i]) + n)
+        untouched[own] = False
+        depths = torch.from_numpy(node_depths(torch.tensor([parents[i]]).numpy()))[0]
+        expected = reference.tree_attention(
+            query[own], key[own], value[own], *contexts[i], ancestors[i, :n, :n], depths, head_dim**-0.5
+        )
+        torch.testing.assert_close(output[own], expected, atol=tolerance, rtol=tolerance)
+    assert (output[untouched] == 7.0).all()
+
+
+def test_a_wrong_mask_changes_the_result() -> None:
+    """The comparison above would notice a node that sees its sibling."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(3, 2, 32, generator=generator) for _ in range(3))
+    context = cpu_kernel.Context.of(torch.ones(1, 1, dtype=torch.int32), torch.tensor([0]), BLOCK, 3)
+    empty = torch.zeros(BLOCK, 2, 32)
+    outputs = []
+    for parents in ([0, 0, 0], [0, 0, 1]):
+        rows = cpu_kernel.TreeRows(torch.tensor([0]), torch.tensor([3]), ancestors_of(parents, 3)[None])
+        output = torch.zeros(3, 2, 32)
+        cpu_kernel.tree_attention(query, key, value, empty, empty, context, rows, 1.0, output)
+        outputs.append(output)
+    assert torch.equal(outputs[0][:2], outputs[1][:2])
+    assert not torch.allclose(outputs[0][2], outputs[1][2], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "block_size", "head_dim"),
+    [
+        ("vec", torch.float32, 32, 64),
+        ("vec", torch.bfloat16, 128, 128),
+        ("vec16", torch.float32, 16, 80),
+        ("amx", torch.bfloat16, 32, 64),
+        ("amx", torch.bfloat16, 128, 96),
+    ],
+)
+def test_tokens_are_read_back_from_every_packing(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
+    layout = cpu_cache.probe_layout(isa, dtype, block_size, head_dim)
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(2 * block_size, 3, head_dim, generator=generator).to(dtype)
+    value = torch.randn(2 * block_size, 3, head_dim, generator=generator).to(dtype)
+    kv_cache = torch.zeros(4, 3, block_size, 2 * head_dim, dtype=dtype)
+    blocks = torch.tensor([2, 1])
+    slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
+    ops.cpu_attn_reshape_and_cache(key, value, *cpu_cache.split_block(kv_cache), slots, isa)
+    for found, written in zip(cpu_cache.read_blocks(kv_cache, layout, blocks), (key, value), strict=True):
+        assert torch.equal(found, written)
+    some = torch.tensor([5, block_size + 3, 1])
+    for found, written in zip(cpu_cache.read_slots(kv_cache, layout, slots[some]), (key, value), strict=True):
+        assert torch.equal(found, written[some])
+    assert layout.key_is_transposed == isa.startswith("vec")

@@ -1,0 +1,170 @@
+"""Growth of trees against the twin that scores every path, and the promises that trees make."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import reference
+from vllm_eagle.config import TreeConfig
+from vllm_eagle.draft import Level, Request, grow
+from vllm_eagle.noise import gumbel
+from vllm_eagle.shapes import StaticShape, best_static_shape
+from vllm_eagle.tree import DraftTree
+
+VOCAB = 4
+Path = tuple[int, ...]
+
+
+class TableHead:
+    """A head whose logits after a path are a fixed random function of it, for several requests."""
+
+    def __init__(self, num_reqs: int, seed: int, sharpness: float = 2.0):
+        self.seed, self.sharpness = seed, sharpness
+        self.rows: list[list[list[Path]]] = [[[()]] for _ in range(num_reqs)]
+        self.num_rows = 0  # per request, run so far
+
+    def logits(self, req: int, path: Path) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, req, path)) % 2**31)
+        return torch.randn(VOCAB, generator=generator) * self.sharpness
+
+    def root_logits(self) -> torch.Tensor:
+        return torch.stack([self.logits(req, ()) for req in range(len(self.rows))])
+
+    def __call__(self, level: Level) -> torch.Tensor:
+        num_reqs, width = level.token_ids.shape
+        assert level.ancestors.shape == (num_reqs, width, self.num_rows + width)
+        out = torch.zeros(num_reqs, width, VOCAB)
+        for req, levels in enumerate(self.rows):
+            parents = [levels[-1][row] for row in level.parent_rows[req].tolist()]
+            paths = [(*above, token) for above, token in zip(parents, level.token_ids[req].tolist(), strict=True)]
+            levels.append(paths)
+            ran_before = [path for earlier in levels[1:] for path in earlier]
+            for i, path in enumerate(paths):
+                assert len(path) == level.depth
+                # A row sees itself and the rows that ran its ancestors. Rows may repeat a path only where they are unused.
+                seen = {ran_before[row] for row in level.ancestors[req, i].nonzero()[:, 0].tolist()}
+                assert seen == {path[:d] for d in range(1, len(path) + 1)}
+                out[req, i] = self.logits(req, path)
+        self.num_rows += width
+        return out
+
+
+def paths_of(tree: DraftTree) -> dict[Path, float]:
+    """Token path and score of every node but the root."""
+    return {tuple(tree.token_ids[tree.path(n)[1:]].tolist()): float(tree.scores[n]) for n in range(1, tree.num_nodes)}
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.7, 1.0]),
+    st.booleans(),
+)
+def test_dynamic_growth_keeps_the_best_paths_of_all(
+    seed: int, num_draft_tokens: int, max_depth: int, temperature: float, coupled: bool
+) -> None:
+    """With topk as wide as the vocabulary nothing is cut off, and early stopping must not lose a node either."""
+    config = TreeConfig(num_draft_tokens, topk=64, max_depth=max_depth, coupled=coupled)
+    head = TableHead(2, seed)
+    noise = gumbel(torch.arange(config.depth_limit) + seed, VOCAB)
+    noise_at = (lambda d: noise[None, d - 1].expand(2, -1) * (temperature > 0)) if coupled else None
+    requests = [Request(0, num_draft_tokens, temperature), Request(0, max(1, num_draft_tokens - 1), temperature)]
+    trees = grow(requests, head.root_logits(), head, config, noise_at)
+    scale = config.confidence_scale if coupled or temperature == 0 else 1.0
+    for req, tree in enumerate(trees):
+
+        def confidences(path: Path, req: int = req) -> list[float]:
+            row = noise[len(path)].tolist() if coupled and temperature > 0 else [0.0] * VOCAB
+            return reference.log_confidences(head.logits(req, path).tolist(), temperature or 1.0, row, scale)
+
+        best = reference.best_dynamic_tree(confidences, VOCAB, requests[req].num_draft_tokens, config.depth_limit)
+        found = paths_of(tree)
+        assert sorted(found.values()) == pytest.approx(sorted(best.values()), abs=1e-4)
+        for path, score in found.items():
+            if path in best:  # equal scores may be exchanged
+                assert score == pytest.approx(best[path], abs=1e-4)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from(["dynamic", "static", "chain"]))
+def test_grown_trees_keep_their_promises(seed: int, num_draft_tokens: int, mode: str) -> None:
+    config = TreeConfig(num_draft_tokens, mode=mode, topk=3)
+    requests = [
+        Request(9, num_draft_tokens),
+        Request(9, 0),
+        Request(9, num_draft_tokens, chain_only=True),
+        Request(9, 1),
+    ]
+    head = TableHead(len(requests), seed)
+    trees = grow(requests, head.root_logits(), head, config)
+    assert [t.token_ids[0] for t in trees] == [9] * 4
+    assert trees[1].num_nodes == 1 and trees[3].num_nodes == 2
+    assert (trees[2].parents[1:] == range(trees[2].num_nodes - 1)).all()  # a chain
+    for tree, request in zip(trees, requests, strict=True):
+        assert tree.num_nodes <= request.num_draft_tokens + 1
+        assert (tree.scores[1:] <= tree.scores[:-1] + 1e-6).all()  # the best nodes first: trimming keeps the best tree
+        assert len(paths_of(tree)) == tree.num_nodes - 1  # siblings differ
+        assert tree.depths.max() <= config.depth_limit
+
+
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([0.3, 1.0, 4.0]))
+def test_a_tree_promises_at_least_what_a_chain_of_as_many_nodes_does(seed: int, num_draft_tokens: int, sharpness: float) -> None:
+    """Expected accepted tokens by the scores: the chain is one of the trees that growth can choose."""
+    promised = {}
+    for mode in ("dynamic", "chain"):
+        head = TableHead(1, seed, sharpness)
+        config = TreeConfig(num_draft_tokens, mode=mode, max_depth=8, topk=4)
+        tree = grow([Request(0, num_draft_tokens)], head.root_logits(), head, config)[0]
+        promised[mode] = sum(math.exp(score) for score in tree.scores[1:])
+    assert promised["dynamic"] >= promised["chain"] - 1e-5
+
+
+def test_a_confident_head_gets_a_chain_and_few_rows() -> None:
+    head = TableHead(1, 0, sharpness=200.0)
+    tree = grow([Request(0, 6)], head.root_logits(), head, TreeConfig(6, topk=4))[0]
+    assert tree.parents.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert head.num_rows <= 4 * 5
+
+
+def test_coupled_drafting_proposes_what_the_target_samples() -> None:
+    """If head and target agree, the best child is the sampled token, always; without coupling only sometimes."""
+    hits = {True: 0, False: 0}
+    for seed in range(200):
+        noise = gumbel(torch.tensor([seed]), VOCAB)
+        head = TableHead(1, seed, 1.0)
+        sampled = int((head.logits(0, ()) + noise[0]).argmax())
+        for coupled in hits:
+            tree = grow([Request(0, 1, 1.0)], head.root_logits(), head, TreeConfig(1), (lambda d, n=noise: n) if coupled else None)
+            hits[coupled] += int(tree[0].token_ids[1]) == sampled
+    assert hits[True] == 200
+    assert 40 < hits[False] < 160
+
+
+@given(st.integers(1, 60))
+def test_best_static_shape_is_a_tree_of_the_worthiest_nodes(num_draft_tokens: int) -> None:
+    rates = (0.7, 0.12, 0.05)
+    shape = best_static_shape(num_draft_tokens, rates)
+    assert len(shape) == num_draft_tokens
+    worth = {path: math.prod(rates[rank] for rank in path) for path in shape.paths}
+    least = min(worth.values())
+    for path, value in worth.items():  # nothing that was left out is worth more than what was taken
+        for outside in [(*path, 0), (*path[:-1], path[-1] + 1)]:
+            if outside not in worth and outside[-1] < len(rates):
+                assert math.prod(rates[rank] for rank in outside) <= least + 1e-12
+        assert value > 0
+
+
+def test_static_trees_have_the_given_shape() -> None:
+    shape = StaticShape.from_paths([[0], [2], [0, 1], [2, 0], [2, 0, 0]])
+    head = TableHead(1, 3)
+    config = TreeConfig(5, mode="static", static_shape=shape)
+    tree = grow([Request(0, 5)], head.root_logits(), head, config)[0]
+
+    def rank(path: Path) -> int:
+        return head.logits(0, path[:-1]).argsort(descending=True).tolist().index(path[-1])
+
+    ranks = {tuple(rank(path[: d + 1]) for d in range(len(path))) for path in paths_of(tree)}
+    assert ranks == set(shape.paths)

@@ -1,0 +1,1 @@
+"""Measurements: compare.py (tokens per target pass), attention.py (kernels)."""

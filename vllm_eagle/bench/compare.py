@@ -1,0 +1,174 @@
+"""Tokens per target pass on the same prompts: plain vLLM, vLLM's own EAGLE chain, and our chains and trees.
+
+Acceptance length is a property of models and algorithm, not of the machine, so every variant runs once. Tokens of our variants
+are compared with plain vLLM's; where they differ, the two tokens' scores are looked up in plain vLLM: in float32 no difference is
+expected, in bfloat16 two scores may be so close that rounding decides.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
+from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.serve import head_method
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+TREE_SIZES = (8, 16, 32, 60)
+CHAIN_SIZES = (3, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to compare, as on the command line."""
+
+    model: str
+    head: str
+    prompts: Path | None
+    limit: int | None
+    temperature: float
+    seed: int
+    max_tokens: int
+    dtype: str
+    only: list[str] | None
+
+
+def variants(head: str, temperature: float) -> dict[str, dict[str, Any]]:
+    """Engine arguments by name of variant."""
+
+    def ours(num_draft_tokens: int, **options: Any) -> dict[str, Any]:
+        return {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: options}}
+
+    named: dict[str, dict[str, Any]] = {}
+    for size in CHAIN_SIZES:
+        chain = {"method": head_method(head), "model": head, "num_speculative_tokens": size}
+        named[f"vllm_chain{size}"] = {"speculative_config": chain}
+    for size in CHAIN_SIZES:
+        named[f"chain{size}"] = ours(size, mode="chain")
+    named["static"] = ours(16, mode="static")
+    for size in TREE_SIZES:
+        named[f"tree{size}"] = ours(size)
+    if temperature > 0:  # at temperature 0 there is no noise to couple to
+        named["chain5_uncoupled"] = ours(5, mode="chain", coupled=False)
+        named["static_uncoupled"] = ours(16, mode="static", coupled=False)
+        for size in TREE_SIZES:
+            named[f"tree{size}_uncoupled"] = ours(size, coupled=False)
+    return named
+
+
+def run(settings: Settings, json_path: Path | None) -> int:
+    """Run all variants, print a table and one JSON line. Returns 1 if our tokens differ in float32."""
+    chosen = variants(settings.head, settings.temperature)
+    unknown = [name for name in settings.only or [] if name not in chosen]
+    if unknown:
+        raise ValueError(f"--only: unknown variant {', '.join(unknown)}; known: {', '.join(chosen)}")
+    if settings.only:
+        chosen = {name: chosen[name] for name in settings.only}
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_path}: its folder does not exist; create it first")
+    if settings.max_tokens < 1 or settings.temperature < 0:
+        raise ValueError("--max-tokens must be at least 1 and --temperature at least 0")
+    prepare_environment()
+    prompts = encode_prompts(settings.model, settings.prompts, settings.limit)
+    result = _measure(settings, prompts, chosen)
+    line = json.dumps(result)
+    if json_path is not None:
+        json_path.write_text(line + "\n")
+    print(line)
+    return int(settings.dtype == "float32" and result["identical"] < result["prompts"])
+
+
+def _measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    import torch
+    import vllm
+    from vllm import SamplingParams
+
+    common = {
+        "dtype": settings.dtype,
+        "max_model_len": max(map(len, prompts)) + settings.max_tokens + 1,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 30,
+        "max_num_seqs": 64,
+    }
+    params = [
+        SamplingParams(temperature=settings.temperature, seed=settings.seed + i, max_tokens=settings.max_tokens)
+        for i in range(len(prompts))
+    ]
+    with engine(settings.model, **common) as llm:
+        plain = generate(llm, prompts, params)
+    print(f"{len(prompts)} prompts, {sum(map(len, plain.token_ids))} tokens, T={settings.temperature:g}, {settings.dtype}")
+    print(f"{'variant':<18}{'tau':>7}{'identical':>12}{'seconds':>10}")
+    print(f"{'plain':<18}{1.0:>7.2f}{'':>12}{plain.seconds:>10.1f}", flush=True)
+    same_in_all = [True] * len(prompts)
+    tau, seconds, differing = {}, {"plain": round(plain.seconds, 2)}, {}
+    for name, arguments in chosen.items():
+        with engine(settings.model, **common, **arguments) as llm:
+            found = generate(llm, prompts, params)
+        same = [a == b for a, b in zip(plain.token_ids, found.token_ids, strict=True)]
+        print(f"{name:<18}{found.tau:>7.2f}{sum(same):>8}/{len(same)}{found.seconds:>10.1f}", flush=True)
+        tau[name], seconds[name] = round(found.tau, 4), round(found.seconds, 2)
+        if not name.startswith("vllm_"):
+            same_in_all = [a and b for a, b in zip(same_in_all, same, strict=True)]
+            if not all(same):
+                differing[name] = found
+    return {
+        "prompts": len(prompts),
+        "identical": sum(same_in_all),
+        "tau": tau,
+        "seconds": seconds,
+        "tokens": sum(map(len, plain.token_ids)),
+        "gaps": _gaps(settings, common, prompts, params, plain, differing),
+        "settings": {
+            "model": Path(settings.model).name,
+            "head": Path(settings.head).name,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "max_tokens": settings.max_tokens,
+            "dtype": settings.dtype,
+        },
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _gaps(
+    settings: Settings,
+    common: dict[str, Any],
+    prompts: Sequence[list[int]],
+    params: Sequence["SamplingParams"],
+    plain: Generated,
+    differing: dict[str, Generated],
+) -> dict[str, list[float]]:
+    """At each prompt's first differing token: by how much plain vLLM preferred its own token, noise included, in nats."""
+    if not differing:
+        return {}
+    import torch
+    from vllm import SamplingParams
+
+    from vllm_eagle.noise import gumbel, peek_seeds
+
+    gaps: dict[str, list[float]] = {}
+    with engine(settings.model, **common, max_logprobs=-1) as llm:
+        vocab = llm.llm_engine.model_config.get_vocab_size()
+        probe = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+        for name, found in differing.items():
+            gaps[name] = []
+            for i, (one, other) in enumerate(zip(plain.token_ids, found.token_ids, strict=True)):
+                if one == other:
+                    continue
+                position = next(p for p, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+                prompt = {"prompt_token_ids": prompts[i] + one[:position]}
+                logprobs = llm.generate([prompt], probe.clone(), use_tqdm=False)[0].outputs[0].logprobs[0]
+                gap = logprobs[one[position]].logprob - logprobs[other[position]].logprob
+                if settings.temperature > 0:
+                    seeds = peek_seeds(torch.Generator().manual_seed(params[i].seed), position + 1)
+                    noise = gumbel(seeds[-1], vocab)
+                    gap = gap / settings.temperature + float(noise[one[position]] - noise[other[position]])
+                gaps[name].append(round(gap, 5))
+    print("gaps at first differences:", json.dumps(gaps), file=sys.stderr)
+    return gaps

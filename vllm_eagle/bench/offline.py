@@ -1,0 +1,90 @@
+"""Run prompts through an engine in this process, one engine after another."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_eagle.train.data import read_rows
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+BUILT_IN_PROMPTS = Path(__file__).parents[1] / "prompts" / "gsm8k.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What one engine made of the prompts."""
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    seconds: float
+    tau: float  # mean tokens per target pass of decoding, by vLLM's own counters; 1 without speculation
+
+
+def prepare_environment() -> None:
+    """Before vLLM is imported: engine in this process, quiet, no hub for models that lie on disk."""
+    for name, value in (
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> list[list[int]]:
+    """Token ids of the prompts of a JSONL file; chats through the model's template.
+
+    Raises:
+        ValueError: the file is missing, broken or empty.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = []
+    for row in read_rows(path or BUILT_IN_PROMPTS):
+        if "messages" in row:
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        else:
+            prompts.append(tokenizer(row.get("prompt", row.get("text")))["input_ids"])
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts")
+    return prompts[:limit]
+
+
+@contextlib.contextmanager
+def engine(model: str, **settings: Any) -> Iterator["LLM"]:
+    """An offline engine that gives its memory back at the end."""
+    from vllm import LLM
+
+    llm = LLM(model, disable_log_stats=False, **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["SamplingParams"]) -> Generated:
+    """Generate for all prompts at once; tau counts this call only."""
+    before = _counters(llm)
+    start = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], [p.clone() for p in params], use_tqdm=False)
+    seconds = time.perf_counter() - start
+    drafts, accepted = (after - was for after, was in zip(_counters(llm), before, strict=True))
+    return Generated(
+        token_ids=[list(output.outputs[0].token_ids) for output in outputs],
+        texts=[output.outputs[0].text for output in outputs],
+        seconds=seconds,
+        tau=1 + accepted / drafts if drafts else 1.0,
+    )
+
+
+def _counters(llm: "LLM") -> tuple[float, float]:
+    values = {metric.name: getattr(metric, "value", 0.0) for metric in llm.get_metrics()}
+    return values.get("vllm:spec_decode_num_drafts", 0.0), values.get("vllm:spec_decode_num_accepted_tokens", 0.0)

@@ -1,0 +1,92 @@
+"""The `vllm-eagle` command. Subcommands import what they need when they run."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status. User errors are one line on stderr, status 2."""
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"vllm-eagle: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-eagle", description="EAGLE draft trees for vLLM.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="generate with a draft tree and compare with plain vLLM")
+    _add_models(demo)
+    demo.add_argument("--num-draft-tokens", type=int, default=16, help="nodes per tree (default %(default)s)")
+    demo.add_argument("--max-tokens", type=int, default=120, help="per prompt (default %(default)s)")
+    demo.add_argument("--prompts", type=int, default=4, help="how many of the built-in prompts (default %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="versions, what is supported here, and why not")
+    doctor.set_defaults(run=_doctor)
+
+    compare = commands.add_parser("compare", help="tokens per target pass: plain vLLM, its EAGLE chain, our trees")
+    _add_models(compare)
+    compare.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
+    compare.add_argument("--limit", type=int, help="use the first N prompts")
+    compare.add_argument("--temperature", type=float, default=0.0)
+    compare.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")
+    compare.add_argument("--max-tokens", type=int, default=128)
+    compare.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    compare.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only, e.g. tree16 vllm_chain3")
+    compare.add_argument("--json", type=Path, help="write the result here, too")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="target model (default: the shipped one)")
+    parser.add_argument("--head", help="EAGLE head for it (default: the shipped one)")
+
+
+def _pair(args: argparse.Namespace) -> tuple[str, str]:
+    from vllm_eagle.pair import HEAD, TARGET
+
+    if (args.model is None) != (args.head is None):
+        raise ValueError("--model and --head belong together; give both, or neither for the shipped pair")
+    return (str(TARGET), str(HEAD)) if args.model is None else (args.model, args.head)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from vllm_eagle.demo import run
+
+    return run(*_pair(args), args.num_draft_tokens, args.max_tokens, args.prompts)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vllm_eagle.doctor import run
+
+    return run()
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from vllm_eagle.bench.compare import Settings, run
+
+    model, head = _pair(args)
+    settings = Settings(
+        model=model,
+        head=head,
+        prompts=args.prompts,
+        limit=args.limit,
+        temperature=args.temperature,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        dtype=args.dtype,
+        only=args.only,
+    )
+    return run(settings, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`vllm-eagle doctor`: what is installed, what works here, and what to do about the rest."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+Finding = tuple[str, str, str]  # "ok", "note" or "FAIL"; what; detail
+
+
+def run() -> int:
+    """Print all findings; returns 1 if draft trees cannot run here."""
+    findings = list(_findings())
+    for status, what, detail in findings:
+        print(f"{status:<5} {what:<22} {detail}")
+    return int(any(status == "FAIL" for status, _, _ in findings))
+
+
+def _findings() -> Iterator[Finding]:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    yield ("ok" if sys.version_info >= (3, 11) else "FAIL", "python", platform.python_version())
+    for name in ("vllm-eagle", "torch", "transformers"):
+        yield _version(name, "FAIL")
+    yield _version("vllm", "FAIL", "the vllm command cannot start without it; run: python -m vllm_eagle.bootstrap")
+    for name in ("ray", "xformers"):
+        yield _version(name, "note", "optional")
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+
+        from vllm_eagle.engine import seams
+    except ImportError as error:
+        yield "FAIL", "import vllm", f"{error}; run: python -m vllm_eagle.bootstrap"
+        return
+    problem = seams.version_problem()
+    yield ("FAIL", "vllm version", problem) if problem else ("ok", "vllm version", vllm.__version__)
+    changed = seams.changed_seams()
+    yield ("FAIL", "vllm seams", "; ".join(changed)) if changed else ("ok", "vllm seams", "signatures as expected")
+    entry_points = [e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if "eagle_trees" in entry_points:
+        yield "ok", "plugin", "vLLM will load it"
+    else:
+        yield "FAIL", "plugin", "entry point missing; run: pip install -e ."
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "eagle_trees" not in allowed.split(","):
+        yield "FAIL", "VLLM_PLUGINS", f"{allowed!r} leaves eagle_trees out; add it"
+    if current_platform.is_cpu():
+        yield from _cpu_findings()
+    else:
+        yield "FAIL", "device", f"{current_platform.device_name}: draft trees run on CPU only so far"
+    from vllm_eagle.pair import HEAD, TARGET
+
+    missing = [str(path) for path in (TARGET, HEAD) if not (path / "model.safetensors").is_file()]
+    yield ("note", "shipped pair", f"missing: {', '.join(missing)}") if missing else ("ok", "shipped pair", str(TARGET.parent))
+    from vllm_eagle.patches import ledger
+
+    for patch in ledger.patches():
+        yield "note", f"patch {patch.name}", f"{ledger.state(patch)}; without it: {patch.header['Without it']}"
+
+
+def _cpu_findings() -> Iterator[Finding]:
+    import torch
+    import vllm._custom_ops  # noqa: F401  loads the CPU kernels
+
+    from vllm_eagle.attention.cpu_kernel import masked_kernel_runs
+
+    if masked_kernel_runs(torch.bfloat16):
+        yield "ok", "tree kernel", "extend_attention_cpu for bfloat16, torch for other dtypes"
+    else:
+        yield "note", "tree kernel", "vLLM's masked kernel does not run on this CPU; torch is used, which is slower"
+    preload = os.environ.get("LD_PRELOAD", "")
+    for library in ("libtcmalloc", "libiomp5"):
+        if library in preload:
+            yield "ok", "LD_PRELOAD", library
+        else:
+            yield "note", "LD_PRELOAD", f"{library} is not preloaded; vLLM recommends it for speed on CPU"
+
+
+def _version(name: str, missing: str, hint: str = "") -> Finding:
+    try:
+        return "ok", name, importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return missing, name, f"not installed{f' ({hint})' if hint else ''}"
