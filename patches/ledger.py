@@ -20,10 +20,12 @@ class Patch:
 
     @property
     def name(self) -> str:
+        """File name without ending."""
         return self.path.stem
 
     @property
     def num_changed_lines(self) -> int:
+        """Lines added and removed."""
         lines = self.diff.splitlines()
         return sum(line[:1] in "+-" and not line.startswith(("+++", "---")) for line in lines if line)
 

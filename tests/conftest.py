@@ -9,13 +9,13 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Iterator
+from pathlib import Path
 
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+from hypothesis import settings
 
-from tests import models  # noqa: E402
+from tests import models
 
 settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
@@ -25,7 +25,7 @@ settings.load_profile("project")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A random target with an EAGLE-1 and an EAGLE-3 head."""
     folder = tmp_path_factory.mktemp("models")
-    yield {
+    return {
         "target": models.random_target(folder / "target"),
         "eagle": models.random_eagle1_head(folder / "eagle"),
         "eagle3": models.random_eagle3_head(folder / "eagle3"),

@@ -84,7 +84,8 @@ def test_a_head_of_another_size_is_refused(random_models: dict[str, Path], tmp_p
     for change, words in (({"hidden_size": 64}, "takes features of size 64"), ({"vocab_size": 256}, "has a vocabulary of 256")):
         head = models.random_eagle1_head(tmp_path / words.split()[-1], **change)
         message = refused(random_models["target"], **trees(head))
-        assert words in message and "set speculative_config.model to a head trained for this target" in message
+        assert words in message
+        assert "set speculative_config.model to a head trained for this target" in message
 
 
 def test_an_eagle3_head_that_names_impossible_layers_is_refused(random_models: dict[str, Path], tmp_path: Path) -> None:
@@ -171,8 +172,11 @@ def test_models_without_a_tree_kernel_are_refused(
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "dev"])
 def test_untested_versions_of_vllm_are_refused(version: str) -> None:
     problem = seams.version_problem(version)
-    assert problem is not None and "install vLLM 0.32" in problem and seams.ALLOW_UNTESTED in problem
-    assert seams.version_problem("0.32.1") is None and seams.version_problem("0.32") is None
+    assert problem is not None
+    assert "install vLLM 0.32" in problem
+    assert seams.ALLOW_UNTESTED in problem
+    assert seams.version_problem("0.32.1") is None
+    assert seams.version_problem("0.32") is None
 
 
 def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

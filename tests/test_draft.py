@@ -101,7 +101,8 @@ def test_grown_trees_keep_their_promises(seed: int, num_draft_tokens: int, mode:
     head = TableHead(len(requests), seed)
     trees = grow(requests, head.root_logits(), head, config)
     assert [t.token_ids[0] for t in trees] == [9] * 4
-    assert trees[1].num_nodes == 1 and trees[3].num_nodes == 2
+    assert trees[1].num_nodes == 1
+    assert trees[3].num_nodes == 2
     assert (trees[2].parents[1:] == range(trees[2].num_nodes - 1)).all()  # a chain
     for tree, request in zip(trees, requests, strict=True):
         assert tree.num_nodes <= request.num_draft_tokens + 1

@@ -41,7 +41,8 @@ def prompts() -> list[list[int]]:
 def sampling(num: int, max_tokens: int = 60, **changes: Any) -> list[SamplingParams]:
     """Greedy and seeded requests in turn."""
     return [
-        SamplingParams(**({"temperature": [0.0, 1.0, 0.7][i % 3], "seed": i, "max_tokens": max_tokens} | changes)) for i in range(num)
+        SamplingParams(**({"temperature": [0.0, 1.0, 0.7][i % 3], "seed": i, "max_tokens": max_tokens} | changes))
+        for i in range(num)
     ]
 
 
@@ -100,7 +101,9 @@ def run_by_hand(llm: LLM, prompts: list[list[int]], aborts: bool) -> dict[str, l
     outputs: dict[str, list[int]] = {}
 
     def add(name: str, prompt: list[int]) -> None:
-        core.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True))
+        core.add_request(
+            name, {"prompt_token_ids": prompt}, SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True)
+        )
 
     for i in range(5):
         add(f"r{i}", prompts[i])
@@ -263,9 +266,7 @@ BREAKAGES = [without_compaction, with_a_causal_mask, with_noise_used_twice, with
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_the_comparison_notices_a_broken_engine(
-    breakage: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_notices_a_broken_engine(breakage: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     params = sampling(6, temperature=1.0)
     with engine(TARGET) as llm:
         expected = tokens(generate(llm, prompts[:6], params))
@@ -277,8 +278,6 @@ def test_the_comparison_notices_a_broken_engine(
 def test_a_changed_draft_list_is_refused(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """If anything between worker and scheduler reorders draft tokens, the step must fail and not verify a wrong tree."""
     original = EagleTreeCPUModelRunner._scheduled_tree
-    monkeypatch.setattr(
-        EagleTreeCPUModelRunner, "_scheduled_tree", lambda self, req_id, ids: original(self, req_id, ids[::-1])
-    )
+    monkeypatch.setattr(EagleTreeCPUModelRunner, "_scheduled_tree", lambda self, req_id, ids: original(self, req_id, ids[::-1]))
     with engine(TARGET, **trees(HEAD, 16)) as llm, pytest.raises(RuntimeError, match="no prefix of the tree"):
         generate(llm, prompts[:1], SamplingParams(temperature=0, max_tokens=20))

@@ -117,9 +117,7 @@ def test_tokens_equal_plain_vllm(variant: str, prompts: list[list[int]], shipped
 
 @pytest.mark.parametrize("head", ["eagle", "eagle3"])
 @pytest.mark.parametrize("num_draft_tokens", [1, 7, 60])
-def test_tokens_equal_plain_vllm_with_an_ignorant_head(
-    head: str, num_draft_tokens: int, random_models: dict[str, Path]
-) -> None:
+def test_tokens_equal_plain_vllm_with_an_ignorant_head(head: str, num_draft_tokens: int, random_models: dict[str, Path]) -> None:
     prompts = [[0], [5, 9, 300, 40], list(range(2, 90)), [77] * 33, [400, 3]]
     params = [SamplingParams(temperature=t, seed=i, max_tokens=40, ignore_eos=True) for i, t in enumerate([0, 1, 0.7, 1, 0])]
     with engine(random_models["target"]) as llm:

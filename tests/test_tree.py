@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,8 +51,9 @@ def test_path_leads_from_the_root_to_the_node(parents: list[int]) -> None:
     tree = tree_of(parents)
     for node in range(tree.num_nodes):
         path = tree.path(node)
-        assert path[0] == 0 and path[-1] == node
-        assert all(parents[below] == above for above, below in zip(path, path[1:], strict=False))
+        assert path[0] == 0
+        assert path[-1] == node
+        assert all(parents[below] == above for above, below in itertools.pairwise(path))
 
 
 def test_child_finds_the_sibling_with_the_token() -> None:

@@ -29,7 +29,9 @@ def test_layout_gives_rows_and_positions_of_every_node(batch: list[list[int]], d
 def test_moves_leave_the_accepted_path_in_order(batch: list[list[int]], data: st.DataObject) -> None:
     contexts = [data.draw(st.integers(0, 5)) for _ in batch]
     paths = [tree_of(p).path(data.draw(st.integers(0, len(p) - 1)))[1:] for p in batch]
-    caches = [[("context", i) for i in range(c)] + [("node", i) for i in range(len(p))] for c, p in zip(contexts, batch, strict=True)]
+    caches = [
+        [("context", i) for i in range(c)] + [("node", i) for i in range(len(p))] for c, p in zip(contexts, batch, strict=True)
+    ]
     expected = [reference.compacted(*x) for x in zip(caches, contexts, paths, strict=True)]
     index, sources, targets = compact.moves(paths, contexts)
     taken = [caches[i][s] for i, s in zip(index, sources, strict=True)]  # read all, then write

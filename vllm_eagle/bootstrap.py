@@ -23,7 +23,10 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="where (default: %(default)s)")
     args = parser.parse_args()
     if sys.version_info[:2] != (3, 11) and args.device != "cuda":
-        print(f"bootstrap: the lock file is for Python 3.11, this is {sys.version.split()[0]}; run it with python3.11", file=sys.stderr)
+        print(
+            f"bootstrap: the lock file is for Python 3.11, this is {sys.version.split()[0]}; run it with python3.11",
+            file=sys.stderr,
+        )
         return 2
     if args.device == "auto" and shutil.which("nvidia-smi"):
         print("An NVIDIA GPU is here, but draft trees run on CPU only so far: setting up vLLM's CPU build. "
@@ -44,7 +47,7 @@ def main() -> int:
     for step in steps:
         print("$", *step, flush=True)
         if subprocess.run(step, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}, check=False).returncode != 0:
-            print("bootstrap: pip failed. If it found no torch ...+cpu, name PyTorch's index of CPU wheels (pytorch.org, Get Started) in "
+            print("bootstrap: pip failed. If it found no torch ...+cpu, name PyTorch's index of CPU wheels in "
                   "PIP_EXTRA_INDEX_URL and run this again.", file=sys.stderr)  # fmt: skip
             return 1
     if args.device != "cuda":

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
@@ -34,11 +35,11 @@ def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_promp
     }
     print(f"target {model}\nhead   {head}\nplain vLLM, {len(prompts)} prompts ...", flush=True)
     with engine(model, **common) as llm:
-        plain = {kind: _timed(lambda p=params: generate(llm, prompts, p)) for kind, params in kinds.items()}
+        plain = {kind: _timed(partial(generate, llm, prompts, params)) for kind, params in kinds.items()}
     print(f"vLLM with draft trees of {num_draft_tokens} nodes ...", flush=True)
     trees = {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {}}}
     with engine(model, **common, **trees) as llm:
-        ours = {kind: _timed(lambda p=params: generate(llm, prompts, p)) for kind, params in kinds.items()}
+        ours = {kind: _timed(partial(generate, llm, prompts, params)) for kind, params in kinds.items()}
         llm.collective_rpc("eagle_trace", args=(1 << 30,))
         generate(llm, prompts[:1], kinds["greedy"][:1])
         steps = llm.collective_rpc("eagle_traced")[0]
@@ -58,7 +59,9 @@ def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_promp
         identical &= same
         count = sum(map(len, other.token_ids))
         print(f"{kind:<16}{count:>8}{other.tau:>18.2f}{plain_s:>9.2f}s{ours_s:>9.2f}s{'yes' if same else 'NO':>12}")
-    print(f"\nidentical: {'yes' if identical else 'NO'}  (wall time: median of {NUM_ROUNDS} runs; a model this small measures Python)")
+    print(
+        f"\nidentical: {'yes' if identical else 'NO'}  (wall time: median of {NUM_ROUNDS} runs; a model this small measures Python)"
+    )
     return 0 if identical else 1
 
 

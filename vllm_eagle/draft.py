@@ -121,7 +121,7 @@ class _Pool:
 
     def add(self, tokens: torch.Tensor, confidences: torch.Tensor, allowed: torch.Tensor) -> None:
         """Add the children of the rows that ran last: tokens, log confidences and allowed, [num_reqs, width, children]."""
-        num_reqs, width, children = tokens.shape
+        num_reqs, _width, children = tokens.shape
         allowed = allowed & ~(self._chain_only[:, None, None] & (torch.arange(children, device=tokens.device) > 0))
         scores = (self._row_scores[:, :, None] + confidences.clamp(max=0)).masked_fill(~allowed, NEVER)
         parents = self._row_nodes[:, :, None].expand(-1, -1, children)

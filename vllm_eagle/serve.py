@@ -26,13 +26,17 @@ def head_method(head: str | Path) -> Literal["eagle", "eagle3"]:
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"speculative model {head}: config.json is missing; set spec_model to the folder of an EAGLE head") from None
+        raise ValueError(
+            f"speculative model {head}: config.json is missing; set spec_model to the folder of an EAGLE head"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"speculative model {head}: config.json is no JSON ({error}); repair or download it again") from None
     if not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
         raise ValueError(f"speculative model {head}: no weights (*.safetensors) beside config.json; download the head again")
     names = " ".join(config.get("architectures") or [])
-    is_eagle3 = "Eagle3" in names or any(key in config for key in ("draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_ids"))
+    is_eagle3 = "Eagle3" in names or any(
+        key in config for key in ("draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_ids")
+    )
     return "eagle3" if is_eagle3 else "eagle"
 
 
@@ -44,7 +48,9 @@ def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]
     """
     completed = dict(settings)
     if not completed.get("model"):
-        raise ValueError(f"additional_config[{CONFIG_KEY!r}] asks for draft trees; set speculative_config.model (spec_model) to an EAGLE head")
+        raise ValueError(
+            f"additional_config[{CONFIG_KEY!r}] asks for draft trees; set speculative_config.model (spec_model) to an EAGLE head"
+        )
     completed.setdefault("method", head_method(completed["model"]))
     if completed["method"] not in ("eagle", "eagle3"):
         raise ValueError(

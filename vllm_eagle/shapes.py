@@ -44,6 +44,7 @@ class StaticShape:
 
     @property
     def depth(self) -> int:
+        """Depth of the deepest node."""
         return max(map(len, self.paths))
 
     @property

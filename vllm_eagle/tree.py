@@ -50,6 +50,7 @@ class DraftTree:
 
     @property
     def num_nodes(self) -> int:
+        """Nodes with the root."""
         return len(self.token_ids)
 
     @property

@@ -125,9 +125,7 @@ def heldout(tokenizer, corpus: Path) -> dict[str, torch.Tensor]:
     out = {}
     for domain, names in domains.items():
         tokens = [np.concatenate(encode(tokenizer, corpus, name, "heldout")) for name in names]
-        out[domain] = torch.from_numpy(
-            np.concatenate([t[: len(t) // SEQ * SEQ].reshape(-1, SEQ) for t in tokens]).astype(np.int64)
-        )
+        out[domain] = torch.from_numpy(np.concatenate([t[: len(t) // SEQ * SEQ].reshape(-1, SEQ) for t in tokens]).astype(np.int64))
     return out
 
 
@@ -209,9 +207,7 @@ def optimizers(model, rank: int, args) -> list[torch.optim.Optimizer]:
         (hidden if is_matrix else other).append(parameter)
     hidden.sort(key=torch.Tensor.numel, reverse=True)
     other.sort(key=torch.Tensor.numel, reverse=True)
-    muon = torch.optim.Muon(
-        hidden[rank::NUM_RANKS], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(hidden[rank::NUM_RANKS], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(other[rank::NUM_RANKS], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [muon, adamw]
 
@@ -234,8 +230,7 @@ def run_rank(rank: int, args, weights: torch.Tensor, gradients: torch.Tensor, co
     is_main = rank == 0
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     streams = {
-        name: Windows(encode(tokenizer, args.corpus, name, "train")[rank::NUM_RANKS], args.seed + i)
-        for i, name in enumerate(MIX)
+        name: Windows(encode(tokenizer, args.corpus, name, "train")[rank::NUM_RANKS], args.seed + i) for i, name in enumerate(MIX)
     }
     model = build_model()
     if is_main:

@@ -24,8 +24,7 @@ from vllm_eagle.verify import TreeBatch
 class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata and, in a pass that verifies trees, how its rows divide."""
 
-    context: cpu_kernel.Context | None = None  # of the requests that have a tree; None: no tree in this pass
-    tree_rows: cpu_kernel.TreeRows | None = None
+    trees: tuple[cpu_kernel.Context, cpu_kernel.TreeRows] | None = None  # of the requests that have one; None: no tree in this pass
     plain: CPUAttentionMetadata | None = None  # the requests without a tree, as a batch of their own; None: there are none
     plain_rows: torch.Tensor | None = None  # [num_plain_tokens] int64
 
@@ -55,7 +54,9 @@ class DraftLevels:
         first_rows = torch.arange(num_reqs) * num_rows
         self.tree_rows = cpu_kernel.TreeRows(first_rows, torch.full_like(first_rows, num_rows), square)
 
-    def context_of(self, layer_name: str, kv_cache: torch.Tensor, layout: cpu_cache.PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    def context_of(
+        self, layer_name: str, kv_cache: torch.Tensor, layout: cpu_cache.PackedLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The context's keys and values, read from the cache once per step."""
         if layer_name not in self._contexts:
             self._contexts[layer_name] = cpu_cache.read_blocks(kv_cache, layout, self.context.blocks)
@@ -75,10 +76,12 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type["TreeCPUAttentionImpl"]:
+        """The implementation below."""
         return TreeCPUAttentionImpl
 
     @staticmethod
     def get_builder_cls() -> type["TreeCPUAttentionMetadataBuilder"]:
+        """The builder below."""
         return TreeCPUAttentionMetadataBuilder
 
 
@@ -88,23 +91,23 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TreeCPUAttentionMetadata:
+        """As vLLM's, without trees."""
         built = super().build(common_prefix_len, common_attn_metadata, fast_build)
         return TreeCPUAttentionMetadata(**vars(built))
 
     def attach(self, metadata: TreeCPUAttentionMetadata, batch: TreeBatch) -> None:
         """Divide the rows of `metadata` into those of `batch`'s trees and the rest."""
         with_tree = torch.from_numpy(batch.req_indices)
-        metadata.context = cpu_kernel.Context.of(
+        context = cpu_kernel.Context.of(
             metadata.block_table[with_tree],
             torch.from_numpy(batch.context_lens),
             self.block_size,
             most_rows=batch.depths.shape[1],
         )
-        metadata.tree_rows = cpu_kernel.TreeRows(
-            torch.from_numpy(batch.first_rows),
-            torch.from_numpy(batch.num_nodes),
-            torch.from_numpy(batch.ancestors),
+        rows = cpu_kernel.TreeRows(
+            torch.from_numpy(batch.first_rows), torch.from_numpy(batch.num_nodes), torch.from_numpy(batch.ancestors)
         )
+        metadata.trees = context, rows
         query_lens = metadata.query_start_loc.diff()
         is_plain = torch.ones(len(query_lens), dtype=torch.bool)
         is_plain[with_tree] = False
@@ -150,15 +153,11 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         """As CPUAttentionBackendImpl.forward; shapes as there."""
         if isinstance(attn_metadata, DraftLevels):
             return self._draft(layer, query, key, value, kv_cache, attn_metadata, output)
-        if attn_metadata is None or attn_metadata.context is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-        layout = self._layout(layer, kv_cache)
-        context_key, context_value = cpu_cache.read_blocks(kv_cache, layout, attn_metadata.context.blocks)
-        cpu_kernel.tree_attention(
-            query, key, value, context_key, context_value, attn_metadata.context, attn_metadata.tree_rows, self.scale, output
-        )
+        if attn_metadata is None or attn_metadata.trees is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        context, tree_rows = attn_metadata.trees
+        context_key, context_value = cpu_cache.read_blocks(kv_cache, self._layout(layer, kv_cache), context.blocks)
+        cpu_kernel.tree_attention(query, key, value, context_key, context_value, context, tree_rows, self.scale, output)
         if attn_metadata.plain is not None:
             rows = attn_metadata.plain_rows
             plain_output = torch.empty_like(output[rows])
@@ -176,26 +175,21 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         levels: DraftLevels,
         output: torch.Tensor,
     ) -> torch.Tensor:
+        assert levels.tree_rows is not None
         num_new = levels.tree_rows.ancestors.shape[0] * levels.width
         name = layer.layer_name
         context_key, context_value = levels.context_of(name, kv_cache, self._layout(layer, kv_cache))
         rows = levels.add_rows(name, [query[:num_new], key[:num_new], value[:num_new]])
-        attended = torch.empty_like(rows[0])
+        queries, keys, values = (x.flatten(0, 1) for x in rows)
+        attended = torch.empty_like(queries)
         cpu_kernel.tree_attention(
-            *(x.flatten(0, 1) for x in rows),
-            context_key,
-            context_value,
-            levels.context,
-            levels.tree_rows,
-            self.scale,
-            attended.flatten(0, 1),
+            queries, keys, values, context_key, context_value, levels.context, levels.tree_rows, self.scale, attended
         )
+        attended = attended.view_as(rows[0])
         output[:num_new] = attended[:, -levels.width :].flatten(0, 1)
         return output
 
-    def move_slots(
-        self, layer: AttentionLayer, kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor
-    ) -> None:
+    def move_slots(self, layer: AttentionLayer, kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy keys and values from slots to slots, [num_moves] int64 each; all are read before any is written."""
         key, value = cpu_cache.read_slots(kv_cache, self._layout(layer, kv_cache), sources)
         self.do_kv_cache_update(layer, key, value, kv_cache, targets)

@@ -40,9 +40,16 @@ def main() -> None:
 
     torch.set_num_threads(1)
     dtype = torch.bfloat16
-    results: dict[str, Any] = {"vllm": vllm.__version__, "torch": torch.__version__, "machine": platform.machine(), "dtype": str(dtype)}
+    results: dict[str, Any] = {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "dtype": str(dtype),
+    }
 
-    def stock(num_reqs: int, query_len: int, seq_len: int, shape: tuple[int, int, int], kv_cache: torch.Tensor) -> Callable[[], None]:
+    def stock(
+        num_reqs: int, query_len: int, seq_len: int, shape: tuple[int, int, int], kv_cache: torch.Tensor
+    ) -> Callable[[], None]:
         heads, kv_heads, head_dim = shape
         query = torch.randn(num_reqs * query_len, heads, head_dim).to(dtype)
         output = torch.empty_like(query)
@@ -114,7 +121,23 @@ def main() -> None:
 
                 def token_major(q=query, k=key, v=value, o=output, b=buffer, p=places, n=lens, w=partial, d=head_dim):
                     torch.ops._C.decode_attention_cpu(
-                        q, b[:, 0], b[:, 1], o, k, v, p[:, -1].long(), w, p, torch.arange(len(n)), n, d**-0.5, 0.0, False, -1, None, None
+                        q,
+                        b[:, 0],
+                        b[:, 1],
+                        o,
+                        k,
+                        v,
+                        p[:, -1].long(),
+                        w,
+                        p,
+                        torch.arange(len(n)),
+                        n,
+                        d**-0.5,
+                        0.0,
+                        False,
+                        -1,
+                        None,
+                        None,
                     )
 
             results[f"{name}, {label}"] = {

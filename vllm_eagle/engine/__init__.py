@@ -1,1 +1,1 @@
-"""The only files that know vLLM's worker and runner. Read in this order: worker, runner, scorer, proposer; seams and support at start-up."""
+"""The only files that know vLLM's worker and runner. Read worker, runner, scorer, proposer; seams and support act at start-up."""

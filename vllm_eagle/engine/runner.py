@@ -133,9 +133,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                 generator = torch.Generator(device=self.device).manual_seed(seed)
                 self.requests[req_id].generator = batch.generators[row] = generator
 
-    def _build_attention_metadata(
-        self, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], CommonAttentionMetadata | None]:
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], CommonAttentionMetadata | None]:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
         if self._tree_batch is not None and not kwargs.get("for_cudagraph_capture", False):
             attached: set[int] = set()
@@ -168,8 +166,10 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                     self.traced.append(
                         {
                             "req_id": self.input_batch.req_ids[row],
-                            "token_ids": [self.input_batch.token_ids_cpu[row, self._root_position(row)].item()]
-                            + walk.tree.draft_token_ids,
+                            "token_ids": [
+                                self.input_batch.token_ids_cpu[row, self._root_position(row)].item(),
+                                *walk.tree.draft_token_ids,
+                            ],
                             "parents": walk.tree.parents.tolist(),
                             "scores": walk.tree.scores.tolist(),
                             "path": list(walk.path),
@@ -185,9 +185,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         """Record trees and accepted paths of the next `num_steps` steps in `traced`."""
         self.traced, self._steps_to_trace = [], num_steps
 
-    def _update_states_after_model_execute(
-        self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput
-    ) -> None:
+    def _update_states_after_model_execute(self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput) -> None:
         super()._update_states_after_model_execute(output_token_ids, scheduler_output)
         if self._tree_batch is not None:
             self._compact(self._tree_batch)

@@ -60,8 +60,7 @@ _SEAMS = (
     (
         EagleProposer,
         "set_inputs_first_pass",
-        "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad "
-        "num_rejected_tokens_gpu",
+        "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad num_rejected_tokens_gpu",
         "engine/proposer.py",
     ),
     (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/proposer.py"),

@@ -39,7 +39,9 @@ def _method_reasons(vllm_config: VllmConfig) -> list[str]:
     if spec.parallel_drafting:
         reasons.append("speculative_config.parallel_drafting drafts no tree; remove it")
     if spec.use_heterogeneous_vocab:
-        reasons.append("speculative_config.use_heterogeneous_vocab is not supported with trees; use a head with the target's vocabulary")
+        reasons.append(
+            "speculative_config.use_heterogeneous_vocab is not supported with trees; use a head with the target's vocabulary"
+        )
     if not spec.disable_padded_drafter_batch:
         reasons.append("speculative_config.disable_padded_drafter_batch must be true in tree mode; set it")
     return reasons
@@ -127,7 +129,9 @@ def _engine_reasons(vllm_config: VllmConfig) -> list[str]:
     if vllm_config.kv_transfer_config is not None:
         reasons.append("kv_transfer_config: a connector would send keys and values before they are compacted; remove it")
     if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        reasons.append(f"kv_cache_dtype {cache.cache_dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto")
+        reasons.append(
+            f"kv_cache_dtype {cache.cache_dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto"
+        )
     if scheduler.async_scheduling:
         reasons.append("async_scheduling schedules a step before the last tree is known; set async_scheduling to false")
     if spec is not None and spec.num_speculative_tokens:

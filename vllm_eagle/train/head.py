@@ -45,6 +45,7 @@ class EagleHead(nn.Module):
         embeddings: torch.Tensor,  # [batch, seq, hidden] of tokens 1..seq
         features: torch.Tensor,  # [batch, seq, hidden] of positions 0..seq - 1
     ) -> torch.Tensor:  # [batch, seq, hidden], predicted features of positions 1..seq
+        """Extrapolate every feature by one step."""
         hidden = self.fc(torch.cat([embeddings, features], dim=-1))
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         # No mask argument: torch's attention is then causal.

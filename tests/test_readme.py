@@ -1,0 +1,40 @@
+"""The README names things that exist."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from vllm_eagle.config import TreeConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_options_and_defaults_are_those_of_the_config() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|none) \|", README, re.M))
+    fields = {f.name: f.default for f in dataclasses.fields(TreeConfig) if f.name != "num_draft_tokens"}
+    assert rows == {name: "" if default is None else json.dumps(default) for name, default in fields.items()}
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:vllm_eagle|tests|examples|patches)/[\w/.]*", README))))
+def test_paths_exist(path: str) -> None:
+    assert (ROOT / path.rstrip(".")).exists()
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python3?(?:\.11)? -m (vllm_eagle[\w.]*)", README))))
+def test_modules_exist(module: str) -> None:
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or module == "vllm_eagle.patches"
+
+
+def test_the_table_holds_the_figures_of_the_committed_runs() -> None:
+    for name in ("t0", "t1"):
+        result = json.loads((ROOT / "vllm_eagle" / "bench" / "results" / f"{name}.json").read_text())
+        assert result["identical"] == result["prompts"] == 64
+        for variant, tau in result["tau"].items():
+            row = re.search(rf"^\| {variant.removesuffix('_uncoupled')} \|.*$", README, re.M)
+            assert row is not None, variant
+            assert f"{tau:.2f}" in row.group(), variant
