@@ -123,6 +123,14 @@ def test_a_tree_promises_at_least_what_a_chain_of_as_many_nodes_does(seed: int, 
     assert promised["dynamic"] >= promised["chain"] - 1e-5
 
 
+def test_a_head_that_yields_nan_drafts_nothing_there() -> None:
+    head = TableHead(2, 0)
+    root_logits = head.root_logits()
+    root_logits[0] = float("nan")
+    trees = grow([Request(0, 6), Request(0, 6)], root_logits, head, TreeConfig(6, topk=3))
+    assert [tree.num_nodes for tree in trees] == [1, 7]
+
+
 def test_a_confident_head_gets_a_chain_and_few_rows() -> None:
     head = TableHead(1, 0, sharpness=200.0)
     tree = grow([Request(0, 6)], head.root_logits(), head, TreeConfig(6, topk=4))[0]

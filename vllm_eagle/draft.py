@@ -124,6 +124,8 @@ class _Pool:
         num_reqs, _width, children = tokens.shape
         allowed = allowed & ~(self._chain_only[:, None, None] & (torch.arange(children, device=tokens.device) > 0))
         scores = (self._row_scores[:, :, None] + confidences.clamp(max=0)).masked_fill(~allowed, NEVER)
+        # A head that yields NaN drafts nothing there; the target's tokens do not depend on it.
+        scores = scores.nan_to_num(nan=NEVER, neginf=NEVER)
         parents = self._row_nodes[:, :, None].expand(-1, -1, children)
         self.level_start = self.tokens.shape[1]
         self.tokens = torch.cat([self.tokens, tokens.reshape(num_reqs, -1)], 1)

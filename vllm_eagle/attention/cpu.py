@@ -7,7 +7,7 @@ always: node i of a tree goes to the slot of position context_len + i in the req
 from dataclasses import dataclass
 
 import torch
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -164,6 +164,21 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             super().forward(layer, query[rows], key[rows], value[rows], kv_cache, attn_metadata.plain, plain_output)
             output[rows] = plain_output
         return output
+
+    def not_supported_reasons(self, max_model_len: int) -> list[str]:
+        """Why this layer cannot run tree rows; empty if it can."""
+        reasons = []
+        if self.attn_type != AttentionType.DECODER:
+            reasons.append(f"attention of type {self.attn_type} is not causal self-attention")
+        if self.alibi_slopes is not None:
+            reasons.append("ALiBi goes by cache slot, tree positions do not")
+        if self.sinks is not None:
+            reasons.append("the CPU tree kernel knows no attention sinks")
+        if self.logits_soft_cap:
+            reasons.append("the CPU tree kernel does not soft-cap scores")
+        if 0 < self.sliding_window < max_model_len:
+            reasons.append(f"a sliding window of {self.sliding_window} tokens; set max_model_len to at most that")
+        return reasons
 
     def _draft(
         self,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TREE_SIZES = (8, 16, 32, 60)
 CHAIN_SIZES = (3, 5)
+EQUAL_SIZES = (3, 5, 8, 16)  # trees and chains of as many nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +50,14 @@ def variants(head: str, temperature: float) -> dict[str, dict[str, Any]]:
     for size in CHAIN_SIZES:
         chain = {"method": head_method(head), "model": head, "num_speculative_tokens": size}
         named[f"vllm_chain{size}"] = {"speculative_config": chain}
-    for size in CHAIN_SIZES:
-        named[f"chain{size}"] = ours(size, mode="chain")
-    named["static"] = ours(16, mode="static")
-    for size in TREE_SIZES:
-        named[f"tree{size}"] = ours(size)
-    if temperature > 0:  # at temperature 0 there is no noise to couple to
-        named["chain5_uncoupled"] = ours(5, mode="chain", coupled=False)
-        named["static_uncoupled"] = ours(16, mode="static", coupled=False)
-        for size in TREE_SIZES:
-            named[f"tree{size}_uncoupled"] = ours(size, coupled=False)
+    for suffix, options in (("", {}), ("_uncoupled", {"coupled": False})):
+        if suffix and temperature == 0:
+            break  # no noise to couple to
+        for size in EQUAL_SIZES:
+            named[f"chain{size}{suffix}"] = ours(size, mode="chain", **options)
+        named[f"static{suffix}"] = ours(16, mode="static", **options)
+        for size in sorted({*EQUAL_SIZES, *TREE_SIZES}):
+            named[f"tree{size}{suffix}"] = ours(size, **options)
     return named
 
 

@@ -30,7 +30,7 @@ class EagleTreeProposer(EagleProposer):
         vllm_config: VllmConfig,
         device: torch.device,
         config: TreeConfig,
-        requests_to_draft: Callable[[], dict[int, Request]],  # by row in the batch
+        requests_to_draft: Callable[[int], dict[int, Request]],  # most draft tokens -> requests by row in the batch
         keep: Callable[[dict[int, DraftTree]], None],
         paths: Callable[[], Sequence[Sequence[int]]],  # accepted nodes per request of this step, root left out
     ):
@@ -85,8 +85,8 @@ class EagleTreeProposer(EagleProposer):
             target_token_ids, target_positions, target_hidden_states, next_token_ids, common_attn_metadata
         )
         drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
-        requests = self._requests_to_draft()
-        if requests and num_speculative_tokens > 0:
+        requests = self._requests_to_draft(num_speculative_tokens)
+        if requests:
             chosen = torch.tensor(list(requests), device=self.device)
             rows = last_rows[chosen]
             level_pass = _LevelPass(self, common_attn_metadata, chosen, hidden[rows], self.positions[rows])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -72,6 +73,19 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         self.input_batch.logitsprocs_need_output_token_ids = bool(custom)
         logger.info("Draft trees: %s", self.tree_config)
 
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """As vLLM's; then ask every attention layer, the head's included, whether it can run trees.
+
+        Raises:
+            ValueError: a layer cannot; the message says why.
+        """
+        super().load_model(load_dummy_weights)
+        for name, layer in self.compilation_config.static_forward_context.items():
+            if isinstance(layer, Attention):
+                reasons = layer.impl.not_supported_reasons(self.max_model_len)
+                if reasons:
+                    raise ValueError(f"vllm_eagle cannot run draft trees with layer {name}: {'; '.join(reasons)}")
+
     def _keep_trees(self, trees: dict[int, DraftTree]) -> None:
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
@@ -126,9 +140,8 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
     def _own_noise_streams(self) -> None:
         """Give unseeded sampling requests a private generator, so that their coming noise can be known too."""
         batch = self.input_batch
-        for req_id in batch.random_reqs:
-            row = batch.req_id_to_index[req_id]
-            if row not in batch.generators:
+        for row, req_id in enumerate(batch.req_ids):  # in an order that all tensor-parallel ranks share
+            if req_id in batch.random_reqs and row not in batch.generators:
                 seed = int(torch.randint(0, 2**63 - 1, (1,)))
                 generator = torch.Generator(device=self.device).manual_seed(seed)
                 self.requests[req_id].generator = batch.generators[row] = generator
@@ -225,7 +238,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         finally:
             generators.update(hidden)
 
-    def _requests_to_draft(self) -> dict[int, Request]:
+    def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
         batch = self.input_batch
         requests: dict[int, Request] = {}
@@ -240,7 +253,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             num_tokens = int(batch.num_tokens_no_spec[row])
             remaining = params.max_tokens - len(state.output_token_ids) if params.max_tokens is not None else self.max_model_len
             # The last token of a request needs no draft, and slots end at the model's length.
-            room = min(self.num_spec_tokens if remaining > 1 else 0, self.max_model_len - num_tokens)
+            room = min(most_draft_tokens if remaining > 1 else 0, self.max_model_len - num_tokens)
             if room > 0:
                 requests[row] = Request(
                     root_token_id=int(batch.token_ids_cpu[row, num_tokens - 1]),

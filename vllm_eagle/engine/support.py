@@ -49,7 +49,6 @@ def _method_reasons(vllm_config: VllmConfig) -> list[str]:
 
 def _model_reasons(vllm_config: VllmConfig) -> list[str]:
     model = vllm_config.model_config
-    text_config = model.hf_text_config
     reasons = []
     if model.use_mla:
         reasons.append(f"model: {model.model} uses multi-head latent attention (MLA), which has no tree kernel here; {PLAIN}")
@@ -59,6 +58,8 @@ def _model_reasons(vllm_config: VllmConfig) -> list[str]:
         reasons.append(f"model: {model.model} is an encoder-decoder; {PLAIN}")
     if model.uses_alibi:
         reasons.append(f"model: {model.model} uses ALiBi, whose bias goes by cache slot; {PLAIN}")
+    if model.is_multimodal_model:
+        reasons.append(f"model: {model.model} is multimodal, and the head sees text only; {PLAIN}")
     if model.uses_mrope:
         reasons.append(f"model: {model.model} uses M-RoPE positions; {PLAIN}")
     window = model.get_sliding_window()
@@ -67,9 +68,8 @@ def _model_reasons(vllm_config: VllmConfig) -> list[str]:
             f"model: {model.model} has a sliding window of {window} tokens, which the CPU tree kernel does not know; "
             f"set max_model_len to at most {window}, or {PLAIN}"
         )
-    for name in ("attn_logit_softcapping",):
-        if getattr(text_config, name, None):
-            reasons.append(f"model: {model.model} soft-caps attention scores, which the CPU tree kernel does not do; {PLAIN}")
+    if getattr(model.hf_text_config, "attn_logit_softcapping", None):
+        reasons.append(f"model: {model.model} soft-caps attention scores, which the CPU tree kernel does not do; {PLAIN}")
     return reasons
 
 

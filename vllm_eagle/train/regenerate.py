@@ -26,7 +26,8 @@ def regenerate(args: argparse.Namespace) -> int:
     prompts = [{"prompt_token_ids": ids} for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     # No seed per request: vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps.
     params = [
-        SamplingParams(temperature=args.temperature[i % len(args.temperature)], max_tokens=args.max_tokens) for i in range(len(prompts))
+        SamplingParams(temperature=args.temperature[i % len(args.temperature)], max_tokens=args.max_tokens)
+        for i in range(len(prompts))
     ]
     settings = {"dtype": "bfloat16", "max_model_len": args.max_model_len, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
     kept = [i for i, p in enumerate(prompts) if len(p["prompt_token_ids"]) + args.max_tokens < args.max_model_len]
