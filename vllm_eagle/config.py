@@ -67,10 +67,11 @@ class TreeConfig:
         return 1 if self.mode == "chain" else min(self.topk, self.num_draft_tokens)
 
     @property
-    def most_level_rows(self) -> int:
-        """Most nodes of one request that the head may run over in a step."""
-        per_level = len(self.shape) if self.mode == "static" else self.children
-        return per_level * self.depth_limit
+    def level_width(self) -> int:
+        """Most nodes of one request that one pass of the head runs over."""
+        if self.mode == "static":
+            return max(len(self.shape.inner(depth)) for depth in range(self.depth_limit))
+        return self.children
 
     @property
     def shape(self) -> StaticShape:

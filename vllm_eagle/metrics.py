@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from vllm_eagle.accept import Walk
+
 
 @dataclass(slots=True)
 class TreeMetrics:
@@ -43,3 +45,30 @@ class TreeMetrics:
         """Counts and rates, for JSON."""
         counts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return counts | {"tau": self.tau, "alphas": self.alphas}
+
+
+@dataclass(slots=True)
+class TreeTrace:
+    """The trees and accepted paths of the next steps, for a look at them."""
+
+    num_steps: int = 0  # still to be recorded
+    records: list[dict[str, object]] = field(default_factory=list)
+
+    def record(self, req_id: str, walk: Walk) -> None:
+        """Keep one verification, if recording."""
+        if self.num_steps > 0:
+            tree = walk.tree
+            self.records.append(
+                {
+                    "req_id": req_id,
+                    "token_ids": tree.token_ids.tolist(),
+                    "parents": tree.parents.tolist(),
+                    "scores": tree.scores.tolist(),
+                    "path": list(walk.path),
+                    "emitted": list(walk.token_ids),
+                }
+            )
+
+    def end_step(self) -> None:
+        """Count one step down."""
+        self.num_steps = max(0, self.num_steps - 1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TREE_SIZES = (8, 16, 32, 60)
 CHAIN_SIZES = (3, 5)
+MAX_NUM_SEQS = 64
 EQUAL_SIZES = (3, 5, 8, 16)  # trees and chains of as many nodes
 
 
@@ -93,7 +94,9 @@ def _measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dic
         "max_model_len": max(map(len, prompts)) + settings.max_tokens + 1,
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 30,
-        "max_num_seqs": 64,
+        "max_num_seqs": MAX_NUM_SEQS,
+        # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
+        "max_num_batched_tokens": sum(sorted(map(len, prompts))[-MAX_NUM_SEQS:]) + MAX_NUM_SEQS * (max(TREE_SIZES) + 1),
     }
     params = [
         SamplingParams(temperature=settings.temperature, seed=settings.seed + i, max_tokens=settings.max_tokens)

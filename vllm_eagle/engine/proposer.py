@@ -39,7 +39,7 @@ class EagleTreeProposer(EagleProposer):
         self._requests_to_draft = requests_to_draft
         self._keep = keep
         self._paths = paths
-        self.most_level_rows = config.most_level_rows
+        self.most_level_rows = config.level_width * config.depth_limit
 
     def prepare_inputs(
         self,

@@ -31,7 +31,7 @@ from vllm_eagle.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.draft import Request
 from vllm_eagle.engine.proposer import EagleTreeProposer
 from vllm_eagle.engine.scorer import PADDING, EagleTreeScorer
-from vllm_eagle.metrics import TreeMetrics
+from vllm_eagle.metrics import TreeMetrics, TreeTrace
 from vllm_eagle.tree import DraftTree
 from vllm_eagle.verify import TreeBatch, lay_out
 
@@ -50,8 +50,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             spec.num_speculative_tokens, self.vllm_config.additional_config.get(CONFIG_KEY, {})
         )
         self.tree_metrics = TreeMetrics()
-        self.traced: list[dict[str, object]] = []
-        self._steps_to_trace = 0
+        self.tree_trace = TreeTrace()
         self._stored: dict[str, DraftTree] = {}  # drafted in the last step, by request id
         self._scheduled: list[DraftTree] = []  # of this step, by row in the batch
         self._tree_batch: TreeBatch | None = None  # those of them that have drafted nodes
@@ -175,28 +174,8 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         for row, walk in enumerate(self._walks):
             if walk.tree.num_nodes > 1 and row not in discarded:
                 self.tree_metrics.count(walk.tree.num_nodes - 1, len(walk.path))
-                if self._steps_to_trace:
-                    self.traced.append(
-                        {
-                            "req_id": self.input_batch.req_ids[row],
-                            "token_ids": [
-                                self.input_batch.token_ids_cpu[row, self._root_position(row)].item(),
-                                *walk.tree.draft_token_ids,
-                            ],
-                            "parents": walk.tree.parents.tolist(),
-                            "scores": walk.tree.scores.tolist(),
-                            "path": list(walk.path),
-                            "emitted": list(walk.token_ids),
-                        }
-                    )
-        self._steps_to_trace = max(0, self._steps_to_trace - 1)
-
-    def _root_position(self, row: int) -> int:
-        return int(self.input_batch.num_tokens_no_spec[row]) - 1
-
-    def trace_steps(self, num_steps: int) -> None:
-        """Record trees and accepted paths of the next `num_steps` steps in `traced`."""
-        self.traced, self._steps_to_trace = [], num_steps
+                self.tree_trace.record(self.input_batch.req_ids[row], walk)
+        self.tree_trace.end_step()
 
     def _update_states_after_model_execute(self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput) -> None:
         super()._update_states_after_model_execute(output_token_ids, scheduler_output)
@@ -242,7 +221,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         """Requests that get a tree for the next step, by row, and how large it may be."""
         batch = self.input_batch
         requests: dict[int, Request] = {}
-        most_requests = self.max_num_tokens // self.tree_config.children  # a level must fit vLLM's input buffers
+        most_requests = self.max_num_tokens // self.tree_config.level_width  # a level must fit vLLM's input buffers
         for row, req_id in enumerate(batch.req_ids):
             if len(requests) == most_requests:
                 break

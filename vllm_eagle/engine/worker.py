@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_eagle.engine import seams, support
 from vllm_eagle.engine.runner import EagleTreeCPUModelRunner
+from vllm_eagle.metrics import TreeTrace
 
 logger = init_logger(__name__)
 
@@ -59,8 +60,8 @@ class EagleTreeCPUWorker(CPUWorker):
 
     def eagle_trace(self, num_steps: int) -> None:
         """Record the next steps' trees and accepted paths; 0 stops."""
-        self.model_runner.trace_steps(num_steps)
+        self.model_runner.tree_trace = TreeTrace(num_steps)
 
     def eagle_traced(self) -> list[dict[str, object]]:
         """What was recorded: request id, token ids, parents, scores, accepted nodes, emitted tokens."""
-        return self.model_runner.traced
+        return self.model_runner.tree_trace.records
