@@ -56,6 +56,13 @@ def test_path_leads_from_the_root_to_the_node(parents: list[int]) -> None:
         assert all(parents[below] == above for above, below in itertools.pairwise(path))
 
 
+@given(parent_lists())
+def test_a_chain_is_known_by_its_ancestors(parents: list[int]) -> None:
+    """Only in a chain does every node see all nodes before it."""
+    tree = tree_of(parents)
+    assert tree.is_chain == bool(tree.ancestors[np.tril_indices(tree.num_nodes)].all())
+
+
 def test_child_finds_the_sibling_with_the_token() -> None:
     tree = DraftTree(np.array([9, 5, 6, 5]), np.array([0, 0, 0, 1]), np.zeros(4, dtype=np.float32))
     assert tree.child(0, 5) == 1

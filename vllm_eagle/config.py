@@ -21,7 +21,7 @@ class TreeConfig:
     topk: int = 8  # children drafted per expanded node, and nodes expanded per level
     max_depth: int = 8  # most head passes per step; a chain may be as deep as it has nodes
     coupled: bool = True  # draft with the noise that verification will use; false: plain top-k
-    confidence_scale: float = 0.7  # divides log-probabilities before they become confidences; below 1 trusts the head more
+    confidence_scale: float = 0.9  # divides log-probabilities before they become confidences; below 1 trusts the head more
     static_shape: StaticShape | None = None  # mode "static": child ranks from the root to each node, e.g. [[0], [1], [0, 0]]
 
     def __post_init__(self) -> None:

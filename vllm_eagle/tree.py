@@ -54,6 +54,11 @@ class DraftTree:
         return len(self.token_ids)
 
     @property
+    def is_chain(self) -> bool:
+        """Whether every node has one child at most: then slots go by position and causal attention is the tree's own."""
+        return bool((self.parents[1:] == np.arange(self.num_nodes - 1)).all())
+
+    @property
     def draft_token_ids(self) -> list[int]:
         """Tokens of nodes 1..n, as vLLM's scheduler wants them."""
         return list(map(int, self.token_ids[1:]))

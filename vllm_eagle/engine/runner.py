@@ -53,7 +53,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         self.tree_trace = TreeTrace()
         self._stored: dict[str, DraftTree] = {}  # drafted in the last step, by request id
         self._scheduled: list[DraftTree] = []  # of this step, by row in the batch
-        self._tree_batch: TreeBatch | None = None  # those of them that have drafted nodes
+        self._tree_batch: TreeBatch | None = None  # those of them that branch
         self._walks: list[Walk] = []
         self.scorer = EagleTreeScorer(self.sampler)
         self.drafter = EagleTreeProposer(
@@ -105,7 +105,8 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         ends = np.cumsum(num_scheduled_tokens)
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         self._scheduled = [self._scheduled_tree(req_id, scheduled.get(req_id, [])) for req_id in self.input_batch.req_ids]
-        with_tree = [row for row, tree in enumerate(self._scheduled) if tree.num_nodes > 1]
+        # A chain, and a root alone, is what vLLM expects: its own kernel, positions and slots are right as they are.
+        with_tree = [row for row, tree in enumerate(self._scheduled) if not tree.is_chain]
         self._tree_batch = None
         if with_tree:
             trees = [self._scheduled[row] for row in with_tree]

@@ -72,7 +72,8 @@ def export(head: EagleHead, config: Any, out: Path, card: dict[str, Any]) -> Non
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in head.state_dict().items() if "rotary" not in k}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    settings = config.to_dict() | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "dtype": "bfloat16"}
+    settings = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
+    settings |= {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(settings, indent=1))
     (out / "training.json").write_text(json.dumps(card, indent=1))
 
