@@ -1,7 +1,8 @@
 """vLLM's CPU attention backend, with tree rows.
 
-Requests without a tree, or with a mere chain, run through vLLM's own kernel, rows of a tree through `cpu_kernel`. Keys and values are written by vLLM as
-always: node i of a tree goes to the slot of position context_len + i in the request's own block table.
+Requests without a tree, or with a mere chain, run through vLLM's own kernel, rows of a branching tree through `cpu_kernel`. Keys
+and values are written by vLLM as always: node i of a tree goes to the slot of position context_len + i in the request's own block
+table.
 """
 
 from dataclasses import dataclass
