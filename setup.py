@@ -15,7 +15,7 @@ setup(
     packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
-        "vllm_eagle": ["cpu.lock", "dev.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl"],
+        "vllm_eagle": ["cpu.lock", "dev.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl", "bench/results/*.json"],
         "vllm_eagle.patches": ["*.patch", "*.md"],
     },
     install_requires=["numpy"],

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
 
 from tests import models
 from tests.engines import ENGINE, trees
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
-from vllm_eagle.engine import seams
+from vllm_eagle.engine import seams, support
 from vllm_eagle.serve import engine_args, head_method
 
 
@@ -167,6 +168,26 @@ def test_models_without_a_tree_kernel_are_refused(
     target = models.random_target(tmp_path / "target", **settings)
     message = refused(target, **trees(random_models["eagle"]))
     assert words in message, message
+
+
+@pytest.mark.parametrize(
+    ("property_name", "value", "words"),
+    [
+        ("is_encoder_decoder", True, "encoder-decoder"),
+        ("uses_mrope", True, "M-RoPE"),
+        ("is_multimodal_model", True, "multimodal"),
+        ("is_hybrid", True, "recurrent state"),
+    ],
+)
+def test_other_kinds_of_models_are_refused_by_their_config(
+    property_name: str, value: object, words: str, random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds that no tiny random model stands for: the property that vLLM's ModelConfig derives is set by hand."""
+    arguments = EngineArgs(model=str(random_models["target"]), **(ENGINE | trees(random_models["eagle"])))
+    config = arguments.create_engine_config()
+    assert support.unsupported_reasons(config) == []
+    monkeypatch.setattr(type(config.model_config), property_name, property(lambda self: value), raising=False)
+    assert any(words in reason for reason in support.unsupported_reasons(config))
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "dev"])
