@@ -4,6 +4,7 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 RankPath = tuple[int, ...]  # child ranks from the root: (0, 1) is the second best child of the best child
 
@@ -62,7 +63,8 @@ class StaticShape:
         return [path for path in self.level(depth) if path in parents]
 
 
-def best_static_shape(num_draft_tokens: int, rank_acceptance: Sequence[float] = RANK_ACCEPTANCE) -> StaticShape:
+@cache
+def best_static_shape(num_draft_tokens: int, rank_acceptance: tuple[float, ...] = RANK_ACCEPTANCE) -> StaticShape:
     """The shape with the most expected accepted tokens if rank r of any node is accepted with probability `rank_acceptance[r]`.
 
     A node's worth is the product of the rates on its path, so taking the worthiest node next is optimal.
