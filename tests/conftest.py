@@ -22,8 +22,8 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The comparisons with logprobs go first: vLLM compiles a function for them, which fails in a process where an engine start
-    was refused half-way, as tests/test_config.py does.
+    """The comparisons with logprobs go first: vLLM compiles a function for them, and after all other engine tests in the same
+    process torch has been seen to fail in that compilation, in plain vLLM, before any of our code runs.
     """
     items.sort(key=lambda item: item.path.name != "test_exactness.py")
 
