@@ -4,8 +4,8 @@ bfloat16 runs through `extend_attention_cpu`, a kernel with a tree mask that vLL
 token by token, so the context is copied out of vLLM's packed blocks first. What that kernel cannot do, float32 always
 and float16 without AMX, goes through torch's scaled_dot_product_attention.
 
-Measured (`python -m vllm_eagle.bench.attention`, one core with AVX-512, bfloat16, 17 rows): the copy takes about as long as the
-kernel, more beyond 1,000 tokens of an 8B-like model; both together take about half the time of the copy with torch's attention. A
+Measured (`python -m vllm_eagle.bench.attention`, one core with AVX-512, bfloat16, 17 rows): the copy takes four to eight
+tenths of the kernel's time; both together take a third to seven tenths of the time of the copy with torch's attention. A
 token-major cache would save the copy and run prefill in two thirds of the time, but it would need a second cache format for every
 dtype and CPU that the masked kernel lacks, and rows without a tree would no longer be computed, bit for bit, by vLLM's own kernel.
 """
