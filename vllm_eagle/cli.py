@@ -31,6 +31,31 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, what is supported here, and why not")
     doctor.set_defaults(run=_doctor)
 
+    from vllm_eagle.train import command as training
+
+    train = commands.add_parser("train", help="train a head for a target: EAGLE-1/2 or EAGLE-3")
+    training.add_arguments(train)
+    train.set_defaults(run=training.run)
+
+    from vllm_eagle.train import regenerate
+
+    answers = commands.add_parser("regenerate", help="let the target write the answers of training dialogues itself; resumable")
+    regenerate.add_arguments(answers)
+    answers.set_defaults(run=regenerate.run)
+
+    from vllm_eagle.heads import command as heads
+
+    heads.add_convert_arguments(commands.add_parser("convert", help="write a head as vLLM, SafeAILab or speculators load it"))
+    heads.add_inspect_arguments(commands.add_parser("inspect", help="what a head is, which target it fits, what is odd about it"))
+
+    from vllm_eagle.evaluate import command as evaluation
+
+    measure = commands.add_parser("eval", help="draft accuracy, calibration and expected tau of a head, without vLLM")
+    measure.add_argument("--target", dest="model", help="target model (default: the shipped one)")
+    measure.add_argument("--head", help="head for it (default: the shipped one)")
+    evaluation.add_arguments(measure)
+    measure.set_defaults(run=_eval)
+
     compare = commands.add_parser("compare", help="tokens per target pass: plain vLLM, its EAGLE chain, our trees")
     _add_models(compare)
     compare.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
@@ -40,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--max-tokens", type=int, default=128)
     compare.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     compare.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only, e.g. tree16 vllm_chain3")
+    compare.add_argument("--medusa", help="Medusa heads for the target, as another variant")
     compare.add_argument("--json", type=Path, help="write the result here, too")
     compare.set_defaults(run=_compare)
     return parser
@@ -54,7 +80,7 @@ def _pair(args: argparse.Namespace) -> tuple[str, str]:
     from vllm_eagle.pair import HEAD, TARGET
 
     if (args.model is None) != (args.head is None):
-        raise ValueError("--model and --head belong together; give both, or neither for the shipped pair")
+        raise ValueError("target and --head belong together; give both, or neither for the shipped pair")
     return (str(TARGET), str(HEAD)) if args.model is None else (args.model, args.head)
 
 
@@ -68,6 +94,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from vllm_eagle.doctor import run
 
     return run()
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from vllm_eagle.evaluate.command import run
+
+    return run(args, *_pair(args))
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -84,6 +116,7 @@ def _compare(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         dtype=args.dtype,
         only=args.only,
+        medusa=args.medusa,
     )
     return run(settings, args.json)
 

@@ -4,6 +4,8 @@ Two marked wraps, which touch nothing unless draft trees are asked for with `add
 - `EngineArgs.create_engine_config` completes the speculative configuration and names our worker;
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact.
+
+And one model class is added to vLLM's registry, for converted heads that ask for it by name: engine/biased_head.py.
 """
 
 import functools
@@ -11,18 +13,22 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.heads.formats import BIASED_ARCHITECTURE
 from vllm_eagle.serve import CPU_WORKER, speculative_settings
 
 _MARK = "_vllm_eagle_wraps"
 
 
 def register() -> None:
-    """Install the wraps once."""
+    """Install the wraps and the model class once."""
+    from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
     _wrap(EngineArgs, "create_engine_config", _with_trees)
     _wrap(SamplingParams, "_validate_spec_decode", _unless_trees)
+    if BIASED_ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(BIASED_ARCHITECTURE, f"vllm_eagle.engine.biased_head:{BIASED_ARCHITECTURE}")
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:

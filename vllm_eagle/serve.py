@@ -40,6 +40,25 @@ def head_method(head: str | Path) -> Literal["eagle", "eagle3"]:
     return "eagle3" if is_eagle3 else "eagle"
 
 
+def _refuse_unconverted(head: str | Path) -> None:
+    """Refuse a folder that vLLM would fail to load, or load wrongly. Reads its config.json and the names of its weights.
+
+    Raises:
+        ValueError: the head needs `vllm-eagle convert`.
+    """
+    path = Path(head)
+    if not path.is_dir():
+        return
+    from vllm_eagle.heads.checkpoint import tensor_names
+    from vllm_eagle.heads.formats import conversion_reason, read_config
+
+    reason = conversion_reason(read_config(path), tensor_names(path))
+    if reason:
+        raise ValueError(
+            f"speculative model {head}: {reason}; run `vllm-eagle convert {head} NEW_FOLDER` and set spec_model to NEW_FOLDER"
+        )
+
+
 def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Complete vLLM's speculative_config for tree mode and check the tree options against it.
 
@@ -52,6 +71,7 @@ def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]
             f"additional_config[{CONFIG_KEY!r}] asks for draft trees; set speculative_config.model (spec_model) to an EAGLE head"
         )
     completed.setdefault("method", head_method(completed["model"]))
+    _refuse_unconverted(completed["model"])
     if completed["method"] not in ("eagle", "eagle3"):
         raise ValueError(
             f'speculative method "{completed["method"]}" drafts no trees; set it to "eagle" or "eagle3", '

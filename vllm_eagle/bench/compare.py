@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TREE_SIZES = (8, 16, 32, 60)
 CHAIN_SIZES = (3, 5)
 MAX_NUM_SEQS = 64
+NGRAM_SIZE = 5
 EQUAL_SIZES = (3, 5, 8, 16)  # trees and chains of as many nodes
 
 
@@ -39,9 +40,10 @@ class Settings:
     max_tokens: int
     dtype: str
     only: list[str] | None
+    medusa: str | None = None
 
 
-def variants(head: str, temperature: float) -> dict[str, dict[str, Any]]:
+def variants(head: str, temperature: float, medusa: str | None = None) -> dict[str, dict[str, Any]]:
     """Engine arguments by name of variant."""
 
     def ours(num_draft_tokens: int, **options: Any) -> dict[str, Any]:
@@ -51,6 +53,12 @@ def variants(head: str, temperature: float) -> dict[str, dict[str, Any]]:
     for size in CHAIN_SIZES:
         chain = {"method": head_method(head), "model": head, "num_speculative_tokens": size}
         named[f"vllm_chain{size}"] = {"speculative_config": chain}
+    lookup = {"method": "ngram", "num_speculative_tokens": NGRAM_SIZE, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+    named[f"vllm_ngram{NGRAM_SIZE}"] = {"speculative_config": lookup}
+    if medusa is not None:
+        num_heads = json.loads((Path(medusa) / "config.json").read_text())["num_heads"]
+        chain = {"method": "medusa", "model": medusa, "num_speculative_tokens": num_heads}
+        named[f"vllm_medusa{num_heads}"] = {"speculative_config": chain}
     for suffix, options in (("", {}), ("_uncoupled", {"coupled": False})):
         if suffix and temperature == 0:
             break  # no noise to couple to
@@ -64,7 +72,7 @@ def variants(head: str, temperature: float) -> dict[str, dict[str, Any]]:
 
 def run(settings: Settings, json_path: Path | None) -> int:
     """Run all variants, print a table and one JSON line. Returns 1 if our tokens differ in float32."""
-    chosen = variants(settings.head, settings.temperature)
+    chosen = variants(settings.head, settings.temperature, settings.medusa)
     unknown = [name for name in settings.only or [] if name not in chosen]
     if unknown:
         raise ValueError(f"--only: unknown variant {', '.join(unknown)}; known: {', '.join(chosen)}")

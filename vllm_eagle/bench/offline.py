@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle.train.data import read_rows
+from vllm_eagle.train.rows import read_rows
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams

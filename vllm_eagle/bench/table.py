@@ -7,6 +7,8 @@ from typing import Any
 
 NAMES = {
     "vllm_chain": "vLLM's own chain of {} (its default path)",
+    "vllm_ngram": "vLLM's n-gram lookup of {}",
+    "vllm_medusa": "vLLM's Medusa, {} heads",
     "chain": "our chain of {}",
     "static": "static tree of 16",
     "tree": "dynamic tree of {}",

@@ -8,6 +8,7 @@ import os
 from functools import cache
 
 import vllm
+from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.eagle import EagleProposer
@@ -64,6 +65,8 @@ _SEAMS = (
         "engine/proposer.py",
     ),
     (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/proposer.py"),
+    (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
+    (EagleLlamaForCausalLM, "load_weights", "weights", "engine/biased_head.py"),
     (Sampler, "forward", "logits sampling_metadata predict_bonus_token logprobs_mode_override", "engine/scorer.py"),
     (
         CPUAttentionBackendImpl,

@@ -1,56 +1,134 @@
 """Let the target write the answers itself: the head then learns the text that it will draft.
 
-    python -m vllm_eagle.train.regenerate --target MODEL --data FILE --out FILE [--temperature 0 0.7 1]
+    vllm-eagle regenerate --target MODEL --data FILE [FILE ...] --out FILE [--temperature 0 0.7 1]
 
-Rows with `messages` keep their first message and get an answer of the target's; other rows are left out. Several temperatures
-take turns, row by row.
+Every answer of a dialogue is replaced by the target's, in order, each with the answers before it as context; a question at the end
+gets an answer, too. System turns stay. Dialogues with tool turns are left out: the tool's reply belongs to the old answer. Several
+temperatures take turns, row by row. An answer that reaches --max-tokens ends its dialogue and carries "finish_reason": "length";
+training then teaches no end of turn behind it.
+
+Finished dialogues are appended to OUT in chunks. The same command continues where it stopped; OUT.meta.json says what OUT was made
+with, and other arguments are refused. Rows that are left out are tried again by the next run.
 """
 
 import argparse
-import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from vllm_eagle.bench.offline import engine, prepare_environment
-from vllm_eagle.train.data import read_rows
+from vllm_eagle.train.journal import Journal
+from vllm_eagle.train.report import DataReport
+from vllm_eagle.train.rewrite import Answer, Generate, Regenerator, Settings
+from vllm_eagle.train.rows import check_files
+
+OpenEngine = Callable[[Settings, int], AbstractContextManager[Generate]]  # settings, seed
 
 
-def regenerate(args: argparse.Namespace) -> int:
-    """Write the dialogues; returns their number."""
+@contextmanager
+def open_vllm(settings: Settings, seed: int) -> Iterator[Generate]:
+    """A vLLM engine in this process that samples with `seed`."""
+    from vllm_eagle.bench.offline import engine, prepare_environment
+
     prepare_environment()
-    from transformers import AutoTokenizer
+    import torch
     from vllm import SamplingParams
 
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    questions = [row["messages"][:1] for row in read_rows(args.data) if "messages" in row][: args.limit]
-    texts = [tokenizer.apply_chat_template(q, tokenize=False, add_generation_prompt=True) for q in questions]
-    prompts = [{"prompt_token_ids": ids} for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    # No seed per request: vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps.
-    params = [
-        SamplingParams(temperature=args.temperature[i % len(args.temperature)], max_tokens=args.max_tokens)
-        for i in range(len(prompts))
-    ]
-    settings = {"dtype": "bfloat16", "max_model_len": args.max_model_len, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 128}
-    kept = [i for i, p in enumerate(prompts) if len(p["prompt_token_ids"]) + args.max_tokens < args.max_model_len]
-    with engine(str(args.target), enforce_eager=True, **settings) as llm:
-        outputs = llm.generate([prompts[i] for i in kept], [params[i] for i in kept])
-    with args.out.open("w", encoding="utf-8") as out:
-        for i, output in zip(kept, outputs, strict=True):
-            answer = {"role": "assistant", "content": output.outputs[0].text}
-            out.write(json.dumps({"messages": [*questions[i], answer]}) + "\n")
-    return len(kept)
+    options = {"dtype": settings.dtype, "max_model_len": settings.max_model_len, "seed": seed, "max_num_seqs": 128}
+    if not torch.cuda.is_available():
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    with engine(settings.target, **options) as llm:
+
+        def generate(prompts: list[list[int]], temperatures: list[float]) -> list[Answer]:
+            # No seed per request: vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps.
+            params = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            return [(output.outputs[0].text, output.outputs[0].finish_reason) for output in outputs]
+
+        yield generate
+
+
+def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine = open_vllm, progress: bool = True) -> int:
+    """Write the dialogues that OUT does not hold yet; returns their number.
+
+    Args:
+        settings: what to do.
+        report: gets the rows that were left out.
+        open_engine: opens what generates, given settings and seed. Only called if there is work.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a file is missing, the target has no chat template or is too short, or OUT was made with other arguments.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_files(list(settings.data))
+    longest = AutoConfig.from_pretrained(settings.target).to_dict().get("max_position_embeddings")
+    if longest is not None and settings.max_model_len > longest:
+        raise ValueError(f"--max-model-len is {settings.max_model_len}, but {settings.target} has only {longest} positions")
+    tokenizer = AutoTokenizer.from_pretrained(settings.target)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{settings.target}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
+    journal = Journal(settings.out, settings.arguments())
+    done = {(row["source"]["data"], row["source"]["line"]) for row in journal.rows()}
+    # Another seed than the run before: its random numbers would come again, for other questions.
+    with _opened_late(open_engine, settings, settings.seed + len(done)) as generate:
+        return Regenerator(settings, tokenizer, generate, journal, report).run(done, progress)
+
+
+@contextmanager
+def _opened_late(open_engine: OpenEngine, settings: Settings, seed: int) -> Iterator[Generate]:
+    """Opens the engine when it is first asked."""
+    opened: list[Generate] = []
+    with ExitStack() as stack:
+
+        def generate(prompts: list[list[int]], temperatures: list[float]) -> list[Answer]:
+            if not opened:
+                opened.append(stack.enter_context(open_engine(settings, seed)))
+            return opened[0](prompts, temperatures)
+
+        yield generate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument("--target", required=True, help="folder of the target model")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="dialogues or prompts (.jsonl, .json, .gz)")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL to write, or to continue")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0], help="in turns (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default %(default)s)")
+    parser.add_argument("--max-model-len", type=int, default=1024, help="prompt and answer (default %(default)s)")
+    parser.add_argument("--limit", type=int, help="use the first N dialogues")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Regenerate; prints what was left out, and how many dialogues there are."""
+    settings = Settings(
+        target=args.target,
+        data=tuple(args.data),
+        out=args.out,
+        temperatures=tuple(args.temperature),
+        max_tokens=args.max_tokens,
+        max_model_len=args.max_model_len,
+        limit=args.limit,
+        seed=args.seed,
+        dtype=args.dtype,
+    )
+    report = DataReport()
+    num_written = regenerate(settings, report)
+    print("\n".join([*report.complaints(), f"{num_written} dialogues added to {settings.out}"]))
+    return 0
 
 
 def main() -> None:
-    """Command line."""
+    """Command line, as `vllm-eagle regenerate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL with messages")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0])
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--limit", type=int)
-    print(f"{regenerate(parser.parse_args())} dialogues")
+    add_arguments(parser)
+    try:
+        run(parser.parse_args())
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""Draft trees grown and walked along known answers: what a server would draft, verify and accept, without a server.
+
+The drafting is the real one (`draft.grow`), the head runs as a torch module. Its keys and values of the text come from one pass
+over all of it: the true features are known everywhere, and a step's first pass would compute the same rows again.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from vllm_eagle.accept import accept
+from vllm_eagle.config import TreeConfig
+from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.evaluate.texts import Read, Text
+from vllm_eagle.noise import gumbel
+from vllm_eagle.train.layer import Memory
+from vllm_eagle.train.models import Head
+from vllm_eagle.train.unroll import UnrolledMemory
+from vllm_eagle.tree import DraftTree
+
+
+@dataclass(slots=True)
+class Replay:
+    """What happened to the trees of all texts."""
+
+    num_steps: int = 0
+    num_accepted: int = 0
+    num_nodes: int = 0
+    expected: float = 0.0  # sum of the nodes' path probabilities, which is what the head thinks will be accepted
+    # Nodes whose parent was accepted: the head's confidence in them, and whether they were accepted.
+    confidences: list[float] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens per target pass, the bonus token included."""
+        return 1 + self.num_accepted / max(1, self.num_steps)
+
+    @property
+    def expected_tau(self) -> float:
+        """The same by the head's own confidence."""
+        return 1 + self.expected / max(1, self.num_steps)
+
+    def add(self, tree: DraftTree, following: Sequence[int]) -> int:
+        """Walk `tree` along the tokens that the target emits after the root; returns how many nodes were accepted."""
+        # Where the text ends, -1 is no child's token.
+        depths = tree.depths
+        targets = [following[depth] if depth < len(following) else -1 for depth in depths.tolist()]
+        path = accept(tree, targets).path
+        self.num_steps += 1
+        self.num_accepted += len(path)
+        self.num_nodes += tree.num_nodes - 1
+        self.expected += float(torch.from_numpy(tree.scores[1:]).exp().sum())
+        on_path = {0, *path}
+        for node in range(1, tree.num_nodes):
+            parent = int(tree.parents[node])
+            if parent in on_path:
+                self.confidences.append(float(torch.tensor(tree.scores[node] - tree.scores[parent]).exp()))
+                self.accepted.append(node in on_path)
+        return len(path)
+
+
+@torch.no_grad()
+def replay(head: Head, batches: Iterable[Read], config: TreeConfig, temperature: float = 0.0) -> Replay:
+    """Draft trees at every step of decoding all texts.
+
+    Raises:
+        ValueError: the head drafts no trees (Medusa).
+    """
+    result = Replay()
+    for read in batches:
+        _Batch(head, read, config, temperature).run(result)
+    return result
+
+
+class _Batch:
+    def __init__(self, head: Head, read: Read, config: TreeConfig, temperature: float):
+        self._head, self._texts, self._config, self._temperature = head, read.texts, config, temperature
+        inputs = read.features.fused if read.features.fused.shape[-1] else read.features.last
+        ids = F.pad(read.token_ids[:, 1:], (0, 1))
+        self._trunk = UnrolledMemory()
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self._hidden, self._ready = head(ids, head.fuse(inputs), positions, self._trunk)
+
+    def run(self, result: Replay) -> None:
+        roots = {i: text.num_prompt for i, text in enumerate(self._texts)}
+        while roots := {i: root for i, root in roots.items() if root < self._end(i)}:
+            chosen = list(roots)
+            trees = self._grow(chosen, [roots[i] for i in chosen])
+            for i, tree in zip(chosen, trees, strict=True):
+                roots[i] += 1 + result.add(tree, self._texts[i].token_ids[roots[i] + 1 :])
+
+    def _end(self, i: int) -> int:
+        """Index of the answer's last token; a request that has emitted it is finished."""
+        return self._texts[i].num_prompt + self._texts[i].num_answer - 1
+
+    def _grow(self, chosen: list[int], roots: list[int]) -> list[DraftTree]:
+        rows = torch.tensor([root - 1 for root in roots], device=self._hidden.device)
+        index = torch.tensor(chosen, device=self._hidden.device)
+        requests = [
+            Request(self._texts[i].token_ids[root], self._config.num_draft_tokens, self._temperature)
+            for i, root in zip(chosen, roots, strict=True)
+        ]
+        keys, values = self._trunk.first
+        run_head = _Levels(self._head, keys[index], values[index], rows, self._hidden[index, rows])
+        noise = self._noise(chosen, roots) if self._temperature > 0 and self._config.coupled else None
+        return grow(requests, run_head.logits(self._ready[index, rows]), run_head, self._config, noise)
+
+    def _noise(self, chosen: list[int], roots: list[int]) -> NoiseAt:
+        vocab_size = self._head.config.vocab_size
+
+        def noise_at(depth: int) -> torch.Tensor:
+            seeds = [self._texts[i].seed_at(root + depth) for i, root in zip(chosen, roots, strict=True)]
+            return gumbel(torch.tensor(seeds, device=self._hidden.device), vocab_size)
+
+        return noise_at
+
+
+class _Levels(Memory):
+    """Runs the head over one level after the other, each row over its text up to the root and its ancestors in the tree."""
+
+    def __init__(
+        self,
+        head: Head,
+        keys: torch.Tensor,  # [num_reqs, kv_heads, seq, head_dim], of the whole text
+        values: torch.Tensor,
+        rows: torch.Tensor,  # [num_reqs] int64, row of the root
+        hidden: torch.Tensor,  # [num_reqs, hidden], what the head made of the root
+    ):
+        self._head, self._keys, self._values, self._rows = head, keys, values, rows
+        self._hidden = hidden[:, None]
+        places = torch.arange(keys.shape[2], device=keys.device)
+        self._context = (places <= rows[:, None])[:, None]  # [num_reqs, 1, seq]
+        self._mask = self._context
+
+    def __call__(self, level: Level) -> torch.Tensor:
+        width = level.token_ids.shape[1]
+        self._mask = torch.cat([self._context.expand(-1, width, -1), level.ancestors], 2)[:, None]
+        parents = level.parent_rows[:, :, None].expand(-1, -1, self._hidden.shape[2])
+        positions = (self._rows + level.depth)[:, None].expand(-1, width)
+        self._hidden, ready = self._head(level.token_ids, self._hidden.gather(1, parents), positions, self)
+        return self.logits(ready)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self._keys, self._values = torch.cat([self._keys, key], 2), torch.cat([self._values, value], 2)
+        query = query.to(value.dtype)
+        return F.scaled_dot_product_attention(query, self._keys, self._values, attn_mask=self._mask, enable_gqa=True)
+
+    def logits(self, ready: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., vocab]; tokens outside a reduced draft vocabulary get minus infinity."""
+        logits = self._head.logits(ready).float()
+        ids = self._head.target_ids
+        if ids is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self._head.config.vocab_size), float("-inf"))
+        full[..., ids] = logits
+        return full
+
+
+def check_trees(head: Head, texts: Sequence[Text]) -> None:
+    """Refuse heads without trees, and nothing to draft on."""
+    if not texts:
+        raise ValueError("--prompts: no prompt left to draft on")
+    if not hasattr(head, "fc"):
+        raise ValueError("a Medusa head drafts no trees here; leave out --num-draft-tokens")

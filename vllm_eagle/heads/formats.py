@@ -1,0 +1,251 @@
+"""What a head is, whatever format it comes in.
+
+EAGLE-1 and EAGLE-2 heads are one layout: `fc` over the next token's embedding and the target's last feature, then decoder layers
+of which the first has no input norm, then the target's LM head (arXiv 2401.15077, section 3.1). EAGLE-3 heads (arXiv 2503.01840,
+section 3.1) have `fc` over features of several target layers, a first layer that reads embedding and feature side by side, a
+final norm and an LM head of their own, often over a part of the vocabulary: `target id = draft id + d2t[draft id]`.
+
+    format       weights                                     settings
+    safeailab    first EAGLE-3 layer is `midlayer.`          flat; `bias` means fc.bias, and absent means true
+    specforge    as safeailab                                flat, architecture LlamaForCausalLMEagle3
+    speculators  EAGLE-3 only, layers are `layers.N.`        the layer's under `transformer_layer_config`
+    vllm         layers are `layers.N.`                      flat; `bias` would mean biases of the attention
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm_eagle.heads import checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["EAGLE-1", "EAGLE-3"]
+Format = Literal["vllm", "safeailab", "specforge", "speculators"]
+
+BIASED_ARCHITECTURE = "EagleBiasedLlamaForCausalLM"  # our class in vLLM's registry: engine/biased_head.py
+NORM_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+# Settings that a format spells in its own way, say nothing about the layer, or name code to run.
+_NOT_OF_THE_LAYER = {
+    *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path"),
+    *("bias", "qkv_bias", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", "eagle_config", AUX_LAYERS, *NORM_FLAGS),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+}
+
+# What transformers' LlamaConfig, and SafeAILab's copy of it, take for granted; vLLM reads speculators' settings without them.
+_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head under vLLM's names. Nothing is checked here but what reading needs: see check.py."""
+
+    path: Path
+    kind: Kind
+    format: Format
+    files: tuple[str, ...]
+    tensors: "dict[str, torch.Tensor]"
+    layer: dict[str, Any]  # settings of the decoder layer, by transformers' names, rotary embedding as rope_parameters
+    model_type: Literal["llama", "qwen3"]
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    aux_layers: tuple[int, ...] | None  # as vLLM counts: 0 is the embedding, k the output of the k-th layer; None: not named
+    shifted_aux_layers: bool  # the checkpoint counts them from one less
+    norms: dict[str, bool]  # NORM_FLAGS
+    declared_fc_bias: bool | None  # what config.json says, if anything
+    unservable: str | None  # why vLLM cannot load the folder as it is
+
+    @property
+    def fc_bias(self) -> bool:
+        """Whether the head's `fc` has a bias."""
+        return "fc.bias" in self.tensors
+
+    @property
+    def num_aux(self) -> int:
+        """Target layers that `fc` reads, as its width has it; rounded down if the width is no multiple."""
+        fc = self.tensors.get("fc.weight")
+        return 0 if fc is None or fc.dim() != 2 else fc.shape[1] // self.target_hidden_size
+
+    def has_bias(self, part: Literal["qkv", "o", "mlp"]) -> bool:
+        """Whether any layer has a bias in this part."""
+        return _has_bias(self.tensors.keys(), part)
+
+
+def read_head(folder: Path) -> Head:
+    """Read a head of any known format.
+
+    Raises:
+        ValueError: unreadable, no EAGLE head, or without the settings that every head has.
+    """
+    config = read_config(folder)
+    tensors = checkpoint.read_tensors(folder)
+    kind = _kind(folder, config, tensors.keys())
+    files = tuple(file.name for file in checkpoint.weight_files(folder))
+    form = _format(config, kind, tensors.keys(), files)
+    settings = _layer_settings(folder, config)
+    file = folder / checkpoint.CONFIG
+    hidden = _integer(file, settings, "hidden_size")
+    heads = _integer(file, settings, "num_attention_heads")
+    vocab = _integer(file, settings, "vocab_size")
+    unservable = conversion_reason(config, tensors.keys())
+    aux_layers, shifted = _aux_layers(file, config, kind, tensors.keys())
+    named = {name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name: t for name, t in tensors.items()}
+    return Head(
+        path=folder,
+        kind=kind,
+        format=form,
+        files=files,
+        tensors=named,
+        layer=_DEFAULTS
+        | {k: v for k, v in settings.items() if k not in _NOT_OF_THE_LAYER}
+        | {"rope_parameters": rope_parameters(settings)},
+        model_type="qwen3" if any(name.endswith("self_attn.q_norm.weight") for name in tensors) else "llama",
+        hidden_size=hidden,
+        vocab_size=vocab,
+        num_layers=_integer(file, settings, "num_hidden_layers", 1),
+        num_heads=heads,
+        num_kv_heads=_integer(file, settings, "num_key_value_heads", heads),
+        head_dim=_integer(file, settings, "head_dim", hidden // heads),
+        intermediate_size=_integer(file, settings, "intermediate_size"),
+        draft_vocab_size=_integer(file, config, "draft_vocab_size", _rows(named, "lm_head.weight", vocab)),
+        target_hidden_size=_integer(file, config, "target_hidden_size", hidden),
+        aux_layers=aux_layers,
+        shifted_aux_layers=shifted,
+        norms={flag: _norm_flag(file, config, flag) for flag in NORM_FLAGS},
+        declared_fc_bias=config.get("bias") if form == "safeailab" and kind == "EAGLE-1" else None,
+        unservable=unservable,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A head's config.json, in which what is looked into has the right type.
+
+    Raises:
+        ValueError: it is missing, broken, or no head's.
+    """
+    config = checkpoint.read_config(folder)
+    for name, kind in (("transformer_layer_config", dict), ("eagle_config", dict), ("architectures", list)):
+        if name in config and not isinstance(config[name] or kind(), kind):
+            raise ValueError(f"{folder / checkpoint.CONFIG}: {name} is {config[name]!r}, not a JSON {kind.__name__}; correct it")
+    return config
+
+
+def conversion_reason(config: Mapping[str, Any], names: Set[str]) -> str | None:
+    """Why vLLM cannot serve a head with this config.json and these tensors until it is converted; None if it can."""
+    if "fc.bias" in names and BIASED_ARCHITECTURE not in (config.get("architectures") or []):
+        return "its fc.bias has no place in vLLM's own EAGLE class"
+    settings = config.get("transformer_layer_config") or config
+    # How vLLM's Llama layers read their settings; `bias` there is the attention's, not fc's.
+    attention, either = settings.get("attention_bias", False), settings.get("attention_bias") or settings.get("bias", False)
+    is_eagle3 = any(name.endswith("hidden_norm.weight") for name in names)
+    wanted = {
+        "qkv": attention if is_eagle3 else settings.get("qkv_bias", either),
+        "o": either,
+        "mlp": settings.get("mlp_bias", False),
+    }
+    parts: tuple[tuple[Literal["qkv", "o", "mlp"], str], ...] = (("qkv", "q, k, v"), ("o", "o_proj"), ("mlp", "MLP"))
+    for part, label in parts:
+        if bool(wanted[part]) != _has_bias(names, part):
+            found = "has" if _has_bias(names, part) else "has no"
+            return f"the checkpoint {found} {label} biases, and vLLM would read the opposite from its config.json"
+    return None
+
+
+def rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding as transformers 5 writes it, from that or from rope_theta and rope_scaling."""
+    scaling = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    kind = scaling.pop("type", "default")
+    theta = settings.get("rope_theta", 10000.0)
+    return {"rope_type": kind, "rope_theta": theta} | scaling
+
+
+def _kind(folder: Path, config: Mapping[str, Any], names: Set[str]) -> Kind:
+    type_of_speculator = config.get("speculators_model_type", "eagle3")
+    if type_of_speculator != "eagle3":
+        raise ValueError(
+            f'{folder}: a "{type_of_speculator}" speculator; of the speculators formats only "eagle3" is an EAGLE head'
+        )
+    if any(name.endswith("hidden_norm.weight") for name in names) or "d2t" in names:
+        return "EAGLE-3"
+    if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
+        return "EAGLE-1"
+    raise ValueError(
+        f"{folder}: no EAGLE head, its weights have neither fc.weight with layers.0 (EAGLE-1) nor a hidden_norm (EAGLE-3); "
+        "give the folder of the head, not of a target"
+    )
+
+
+def _format(config: Mapping[str, Any], kind: Kind, names: Set[str], files: tuple[str, ...]) -> Format:
+    architecture = str((config.get("architectures") or [""])[0])
+    if "speculators_model_type" in config:
+        return "speculators"
+    if kind == "EAGLE-3":
+        if not any(name.startswith("midlayer.") for name in names):
+            return "vllm"
+        return "specforge" if architecture == "LlamaForCausalLMEagle3" else "safeailab"
+    if architecture.startswith("Eagle"):
+        return "vllm"
+    in_theirs = "bias" in config or "fc.bias" in names or files[0].endswith(".bin")
+    return "safeailab" if in_theirs else "vllm"
+
+
+def _layer_settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings: Mapping[str, Any] = config.get("transformer_layer_config") or config
+    if "quantization_config" in config or "quantization_config" in settings:
+        raise ValueError(f"{folder}: a quantized head; only unquantized heads are handled, get the original weights")
+    if settings.get("use_sliding_window") or "sliding_attention" in (settings.get("layer_types") or []):
+        raise ValueError(f"{folder}: a head with sliding-window attention; only full attention is handled")
+    return settings
+
+
+def _aux_layers(file: Path, config: Mapping[str, Any], kind: Kind, names: Set[str]) -> tuple[tuple[int, ...] | None, bool]:
+    nested = config.get("eagle_config") or {}
+    if kind == "EAGLE-3" and not nested.get("use_aux_hidden_state", True):
+        raise ValueError(f"{file}: use_aux_hidden_state is false; such a head reads one feature only and is not handled")
+    layers = config.get(AUX_LAYERS) or nested.get(AUX_LAYERS)
+    if not layers or kind == "EAGLE-1":
+        return None, False
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f"{file}: {AUX_LAYERS} is no list of integers; correct it or give --aux-layers")
+    # Two ways of counting are about. Trainers that write the list under eagle_config, beside `midlayer.` weights, and start with 1
+    # name layers by their own index, of whose outputs vLLM says one more; SGLang tells the two apart by the same 1.
+    shifted = not config.get(AUX_LAYERS) and layers[0] == 1 and any(name.startswith("midlayer.") for name in names)
+    return tuple(layer + shifted for layer in layers), shifted
+
+
+def _norm_flag(file: Path, config: Mapping[str, Any], flag: str) -> bool:
+    if flag == "norm_before_residual" and "speculators_model_type" in config and flag not in config:
+        raise ValueError(f"{file}: lacks norm_before_residual, and loaders differ in what that means; add true or false")
+    nested = config.get("eagle_config") or {}
+    return bool(nested.get(flag, config.get(flag, False)) if flag == "norm_before_fc" else config.get(flag, False))
+
+
+def _integer(file: Path, settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = settings.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{file}: {name} is {value!r}, not a positive integer; correct it")
+    return value
+
+
+def _rows(tensors: "Mapping[str, torch.Tensor]", name: str, default: int) -> int:
+    return int(tensors[name].shape[0]) if name in tensors and tensors[name].dim() else default
+
+
+def _has_bias(names: Set[str], part: Literal["qkv", "o", "mlp"]) -> bool:
+    modules = {"qkv": ATTENTION, "o": ("o_proj",), "mlp": MLP}[part]
+    return any(name.endswith(f".{module}.bias") for name in names for module in modules)

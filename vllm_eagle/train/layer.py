@@ -1,0 +1,78 @@
+"""The decoder layer of a draft head: a Llama layer whose attention asks a memory for keys and values.
+
+One layer serves training (unrolled over its own outputs, `unroll.py`) and evaluation (draft trees): what a row may see is the
+memory's business. Parameter names are the checkpoint's, so `state_dict()` is what vLLM loads.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Memory(Protocol):
+    """Keys and values of earlier rows."""
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [batch, heads, rows, head_dim]
+        key: torch.Tensor,  # [batch, kv_heads, rows, head_dim]
+        value: torch.Tensor,  # [batch, kv_heads, rows, head_dim]
+    ) -> torch.Tensor:  # [batch, heads, rows, head_dim]
+        """Remember keys and values of the new rows and attend to all that each row may see."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions. `input_size` is twice the hidden size in EAGLE-3."""
+
+    def __init__(self, config: Any, input_size: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        bias = bool(getattr(config, "attention_bias", False))
+        self.q_proj = nn.Linear(input_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [batch, rows, input_size]
+        rotation: tuple[torch.Tensor, torch.Tensor],  # cos and sin, [batch or 1, rows, head_dim]
+        memory: Memory,
+    ) -> torch.Tensor:  # [batch, rows, hidden]
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        batch, rows, _ = hidden.shape
+        query, key, value = (
+            project(hidden).view(batch, rows, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        attended = memory.attend(query, key.to(value.dtype), value)
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, rows, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def norm(config: Any, size: int | None = None) -> nn.RMSNorm:
+    """Root-mean-square norm over `size` (default: the hidden size)."""
+    return nn.RMSNorm(size or config.hidden_size, eps=config.rms_norm_eps)
+
+
+def rotary(config: Any) -> nn.Module:
+    """Rotary angles as transformers computes them, scaling types included; no weights."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(config)

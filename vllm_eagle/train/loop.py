@@ -1,0 +1,267 @@
+"""The training loop: frozen target, one small head, resumable to the bit.
+
+Several devices and hosts run through Hugging Face's accelerate (`torchrun --nproc-per-node 4 -m vllm_eagle.cli train ...`): it is
+a thin layer over torch's data parallelism, needs no service beside the processes, and one process without a launcher is an ordinary
+loop; Ray Train would want a cluster for that. What a step does is a function of its number: learning rate, batch, and the random
+state that a checkpoint holds.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eagle.train import checkpoint
+from vllm_eagle.train.batches import Batch, Batches
+from vllm_eagle.train.build import load_head, new_head, save_head
+from vllm_eagle.train.cache import FeatureCache, stack
+from vllm_eagle.train.card import RunCard
+from vllm_eagle.train.curves import Curves
+from vllm_eagle.train.data import Example, file_hash, load_examples
+from vllm_eagle.train.models import aux_layers
+from vllm_eagle.train.objective import Objective, Outcome
+from vllm_eagle.train.report import DataReport
+from vllm_eagle.train.settings import TrainSettings
+from vllm_eagle.train.target import Features, FrozenTarget
+
+EVAL_STEPS = 5  # alpha 0..4, as the papers report it
+MOST_HELD_OUT = 256  # examples; more would cost time and say no more
+
+
+def train(settings: TrainSettings, progress: bool = True) -> dict[str, Any]:
+    """Train a head and write it to `settings.out`; returns the run card.
+
+    Raises:
+        ValueError: settings, data or target cannot be used.
+    """
+    return _Run(settings, progress).run()
+
+
+class _Run:
+    def __init__(self, settings: TrainSettings, progress: bool):
+        # accelerate before anything else: it decides which device this process has.
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+        from transformers import AutoTokenizer
+
+        self.settings, out = settings, settings.out
+        resume_from = _check_out(settings)
+        precision = "bf16" if settings.dtype == "bfloat16" else "no"
+        self.accelerator = Accelerator(
+            mixed_precision=precision, cpu=not torch.cuda.is_available(), gradient_accumulation_steps=settings.accumulate
+        )
+        self.is_main = self.accelerator.is_main_process
+        self.progress = progress and self.is_main
+        set_seed(settings.seed)
+        torch.set_flush_denormal(True)
+        self.target = FrozenTarget(settings.target, getattr(torch, settings.dtype), self.accelerator.device)
+        report = DataReport()
+        tokenizer = AutoTokenizer.from_pretrained(settings.target)
+        examples = load_examples(tokenizer, list(settings.data), settings.max_length, report, progress=self.progress)
+        self.train_examples, held_out = _split(examples, settings.holdout)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = Batches(self.train_examples, settings.batch_tokens, settings.seed, rank, world)
+        self.held_out = Batches(held_out, settings.batch_tokens, settings.seed, rank, world) if held_out else None
+        head, facts = new_head(self.target, settings, self.train_examples)
+        if settings.init is not None:
+            loaded = load_head(settings.init, self.target)
+            if type(loaded) is not type(head):
+                raise ValueError(f"--init {settings.init} is no head of --method {settings.method}; change one of them")
+            head = loaded
+        self.aux = aux_layers(head.config) if settings.method == "eagle3" else []
+        objective = Objective(head, self.target.lm_head, settings.weights)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.num_steps = settings.steps or math.ceil(settings.epochs * self.batches.num_batches() / settings.accumulate)
+        data_hash = file_hash(settings.data)
+        self.cache = self._open_cache(data_hash, rank)
+        self.step, self.num_tokens, self.seconds = 0, 0, 0.0
+        if resume_from is not None:
+            position = checkpoint.load(self.accelerator, resume_from)
+            self.step, self.num_tokens, self.seconds = position["step"], position["tokens"], position["seconds"]
+        if self.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            report.write(out / "data_report.jsonl")
+            facts |= {"parameters": sum(p.numel() for p in head.parameters()), "steps": self.num_steps}
+            facts |= {"examples": len(self.train_examples), "held_out_examples": len(held_out), "processes": world}
+            self.card = RunCard(settings, data_hash, report.as_dict(), facts, str(self.accelerator.device))
+            self.card.write(out)
+            self.curves = Curves(out, self.step)
+            print(report.summary(), file=sys.stderr)
+
+    def run(self) -> dict[str, Any]:
+        settings = self.settings
+        stream = self._micro_batches()
+        bar = self._bar()
+        started, seconds_before, tokens_before = time.perf_counter(), self.seconds, self.num_tokens
+        losses, agreed, counted = 0.0, 0, 0
+        self.objective.train()
+        while self.step < self.num_steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate()
+            for _ in range(settings.accumulate):
+                batch = next(stream)
+                outcome = self._learn(batch)
+                losses += outcome.loss.item() / settings.accumulate
+                agreed += int(outcome.num_agreed[0])
+                counted += int(outcome.num_positions[0])
+                self.num_tokens += int(batch.lengths.sum()) * self.accelerator.num_processes
+            self.step += 1
+            self.seconds = seconds_before + time.perf_counter() - started
+            speed = (self.num_tokens - tokens_before) / (self.seconds - seconds_before)
+            if bar is not None:
+                bar.update()
+            if self.step % settings.log_every == 0 or self.step == self.num_steps:
+                num_logged = (self.step - 1) % settings.log_every + 1
+                values = {
+                    "loss": losses / num_logged,
+                    "alpha_0": agreed / max(1, counted),
+                    "lr": self._rate(),
+                    "tokens_per_s": speed,
+                }
+                losses, agreed, counted = 0.0, 0, 0
+                if self.is_main:
+                    self.curves.add(self.step, "train", values)
+                if bar is not None:
+                    bar.set_postfix_str(f"loss {values['loss']:.3f}, alpha_0 {values['alpha_0']:.3f}, {speed:,.0f} tokens/s")
+            if self.held_out is not None and (self.step % settings.eval_every == 0 or self.step == self.num_steps):
+                measured = self._measure(self.held_out)
+                if self.is_main:
+                    self.curves.add(self.step, "held_out", measured)
+                    self.curves.draw()
+                    self.card.facts["held_out"] = measured
+            # Logged sums are not part of a checkpoint, so it must fall on a step that logs.
+            if self.step % _checkpoint_every(settings) == 0 or self.step == self.num_steps:
+                position = {"step": self.step, "tokens": self.num_tokens, "seconds": self.seconds}
+                checkpoint.save(self.accelerator, settings.out, position)
+        if bar is not None:
+            bar.close()
+        return self._finish()
+
+    def _learn(self, batch: Batch) -> Outcome:
+        with self.accelerator.accumulate(self.objective):
+            outcome: Outcome = self.objective(*self._inputs(batch))
+            self.accelerator.backward(outcome.loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return outcome
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """Batches from the current step on, epoch after epoch."""
+        per_epoch = self.batches.num_batches()
+        epoch, start = divmod(self.step * self.settings.accumulate, per_epoch)
+        while True:
+            yield from self.batches.epoch(epoch, start=start)
+            epoch, start = epoch + 1, 0
+
+    def _inputs(self, batch: Batch, cached: bool = True) -> tuple[torch.Tensor, torch.Tensor, Features]:
+        device = self.accelerator.device
+        token_ids, loss_mask = batch.token_ids.to(device), batch.loss_mask.to(device)
+        if self.cache is None or not cached:
+            return token_ids, loss_mask, self.target.features(token_ids, self.aux)
+        known = [self.cache.get(key) for key in batch.keys]
+        if all(k is not None for k in known):
+            features = stack([k for k in known if k is not None], token_ids.shape[1])
+            return token_ids, loss_mask, Features(features.last.to(device), features.fused.to(device))
+        features = self.target.features(token_ids, self.aux)
+        for i, (key, length) in enumerate(zip(batch.keys, batch.lengths.tolist(), strict=True)):
+            self.cache.put(key, Features(features.last[i : i + 1], features.fused[i : i + 1]), length)
+        return token_ids, loss_mask, features
+
+    @torch.no_grad()
+    def _measure(self, batches: Batches) -> dict[str, float]:
+        """Loss and alpha per depth on held-out text, teacher-forced, without noise."""
+        objective = self.accelerator.unwrap_model(self.objective)
+        trained_with = objective.weights
+        steps = min(EVAL_STEPS, trained_with.num_steps) if self.settings.method == "medusa" else EVAL_STEPS
+        objective.eval()
+        objective.weights = replace(trained_with, num_steps=steps)
+        sums = torch.zeros(2, steps, dtype=torch.float64)
+        loss, num_batches = 0.0, 0
+        for batch in batches.epoch(0):
+            with self.accelerator.autocast():
+                outcome = objective(*self._inputs(batch, cached=False))
+            sums += torch.stack([outcome.num_agreed, outcome.num_positions]).double().cpu()
+            loss, num_batches = loss + outcome.loss.item(), num_batches + 1
+        objective.weights = trained_with
+        objective.train()
+        totals = self.accelerator.reduce(
+            torch.cat([sums.flatten(), torch.tensor([loss, num_batches]).double()]).to(self.accelerator.device)
+        )
+        agreed, counted = totals[:-2].view(2, steps).cpu()
+        alphas = {f"alpha_{i}": (agreed[i] / counted[i].clamp(min=1)).item() for i in range(steps)}
+        return {"loss": (totals[-2] / totals[-1].clamp(min=1)).item()} | alphas
+
+    def _rate(self) -> float:
+        done = self.step / self.num_steps
+        warm = min(1.0, (self.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
+        return self.settings.lr * warm * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
+
+    def _open_cache(self, data_hash: str, rank: int) -> FeatureCache | None:
+        settings = self.settings
+        if settings.cache_dir is None:
+            return None
+        identity: dict[str, Any] = {"target": settings.target, "data": data_hash, "dtype": settings.dtype, "aux_layers": self.aux}
+        identity |= {"max_length": settings.max_length, "holdout": settings.holdout, "processes": self.accelerator.num_processes}
+        limit = int(settings.cache_gb * 2**30) // self.accelerator.num_processes
+        return FeatureCache(settings.cache_dir, limit, identity, rank)
+
+    def _bar(self) -> Any:
+        if not self.progress:
+            return None
+        from tqdm import tqdm
+
+        return tqdm(total=self.num_steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def _finish(self) -> dict[str, Any]:
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            return {}
+        save_head(self.accelerator.unwrap_model(self.objective).head, self.settings.out, getattr(torch, self.settings.dtype))
+        self.curves.close()
+        return self.card.finish(self.settings.out, self.num_tokens, self.seconds)
+
+
+def _checkpoint_every(settings: TrainSettings) -> int:
+    return max(1, math.ceil(settings.checkpoint_every / settings.log_every)) * settings.log_every
+
+
+def _split(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; every n-th is held out, so that all files and lengths take part."""
+    if not share:
+        return examples, []
+    every = max(2, round(1 / share), math.ceil(len(examples) / MOST_HELD_OUT))
+    held_out = examples[every - 1 :: every]
+    if not held_out:
+        raise ValueError(
+            f"--holdout {share} of {len(examples)} examples is none; give more data, or --holdout 0 to validate on nothing"
+        )
+    return [e for i, e in enumerate(examples) if i % every != every - 1], held_out
+
+
+def _check_out(settings: TrainSettings) -> Path | None:
+    """The checkpoint to go on from; refuses to mix two runs in one folder."""
+    newest = checkpoint.newest(settings.out)
+    if not settings.resume:
+        # Other processes of this launch may have made the folder already; only a checkpoint or a head is a run.
+        if newest is not None or (settings.out / "model.safetensors").exists():
+            raise ValueError(f"--out {settings.out} holds a run already; add --resume to go on with it, or name another folder")
+        return None
+    if newest is None:
+        raise ValueError(f"--resume: {settings.out} holds no checkpoint; start without --resume")
+    before = json.loads((settings.out / "run_card.json").read_text())["settings"]
+    changed = [k for k, v in settings.fixed().items() if before.get(k) != json.loads(json.dumps(v))]
+    if changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise ValueError(
+            f"--resume: {flags} differ from the run in {settings.out}; resume with the same options, or start a new run"
+        )
+    return newest

@@ -1,0 +1,153 @@
+"""The frozen target: loads a decoder with transformers and reads the features that heads learn from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What one forward pass of the target shows."""
+
+    last: torch.Tensor  # [batch, seq, hidden], the vectors before the LM head (after the final norm)
+    fused: torch.Tensor  # [batch, seq, hidden * aux layers], inputs of the aux layers side by side; empty without aux layers
+
+
+class FrozenTarget:
+    """A decoder from transformers, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: there is no such model, or it is no decoder whose LM head reads the features that vLLM gives to heads.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.path = str(path)
+        try:
+            self.config: Any = AutoConfig.from_pretrained(path)
+            check_config(self.config, self.path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except (OSError, KeyError) as error:
+            raise ValueError(f"--target {path}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+        self.model = model.to(device).eval().requires_grad_(False)
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        lm_head = self.model.get_output_embeddings()
+        if layers is None or lm_head is None:
+            raise ValueError(
+                f"--target {path}: {type(model).__name__} has no list of decoder layers or no LM head to read features from"
+            )
+        self.decoder: Any = decoder
+        self.layers: nn.ModuleList = layers
+        self.lm_head: Any = lm_head
+        self.embed: Any = self.model.get_input_embeddings()
+        self._check_logits()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the LM head's weights, and so of features."""
+        return self.lm_head.weight.dtype
+
+    @torch.no_grad()
+    def features(
+        self,
+        token_ids: torch.Tensor,  # [batch, seq] int64, right-padded
+        aux_layers: Sequence[int] = (),  # layer n is the input of decoder layer n, as vLLM counts them
+    ) -> Features:
+        """Run the target over whole texts."""
+        seen: dict[int, torch.Tensor] = {}
+
+        def record(index: int) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                seen[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.layers[i - 1].register_forward_hook(record(i)) for i in aux_layers if i > 0]
+        try:
+            last = self.decoder(input_ids=token_ids, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        if 0 in aux_layers:
+            seen[0] = self.embed(token_ids)
+        fused = torch.cat([seen[i] for i in aux_layers], dim=-1) if aux_layers else last[..., :0]
+        return Features(last, fused)
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """The LM head on the last features must give the model's logits: no scaling or capping in between."""
+        ids = torch.arange(1, 9, device=self.device)[None] % self.config.vocab_size
+        ours = self.lm_head(self.features(ids).last).float()
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
+            raise ValueError(
+                f"--target {self.path}: {type(self.model).__name__} scales or caps its logits after the LM head, so a head cannot "
+                "learn them from features; targets like Llama, Qwen2, Qwen3 and Mistral work"
+            )
+
+
+def check_config(config: Any, path: str) -> None:
+    """Refuse targets that the head's layer cannot stand for.
+
+    Raises:
+        ValueError: encoder-decoder, multimodal, or a size is missing.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"--target {path}: {config.model_type} is an encoder-decoder; EAGLE heads need a decoder such as Llama or Qwen3"
+        )
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+    missing = [name for name in needed if getattr(config, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"--target {path}: the config of {config.model_type} lacks {', '.join(missing)}; "
+            "a head is one Llama layer of the target's shape, so targets like Llama, Qwen2, Qwen3 and Mistral work"
+        )
+
+
+def default_aux_layers(num_layers: int) -> list[int]:
+    """Low, mid and high layer, as EAGLE-3's authors and vLLM choose them; spread evenly in a target too shallow for that."""
+    layers = [2, num_layers // 2, num_layers - 3]
+    return layers if layers[0] < layers[1] < layers[2] else [max(1, num_layers // 6), num_layers // 2, num_layers - 1]
+
+
+def head_config(target: Any, draft_vocab_size: int | None = None, aux: Sequence[int] = ()) -> Any:
+    """LlamaConfig of a head for `target` (a transformers config); with `aux` layers it is an EAGLE-3 head's."""
+    from transformers import LlamaConfig
+
+    head_dim = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
+    shared = {
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
+        "intermediate_size": target.intermediate_size,
+        "num_attention_heads": target.num_attention_heads,
+        "num_key_value_heads": getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": target.max_position_embeddings,
+        "rms_norm_eps": target.rms_norm_eps,
+        "rope_parameters": target.rope_parameters,
+        "bos_token_id": target.bos_token_id,
+        "eos_token_id": target.eos_token_id,
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    if not aux:
+        return LlamaConfig(**shared, architectures=["LlamaForCausalLM"])
+    return LlamaConfig(
+        **shared,
+        architectures=["LlamaForCausalLMEagle3"],
+        draft_vocab_size=draft_vocab_size or target.vocab_size,
+        eagle_aux_hidden_state_layer_ids=list(aux),
+    )
