@@ -84,7 +84,7 @@ def run(settings: Settings, json_path: Path | None) -> int:
         raise ValueError("--max-tokens must be at least 1 and --temperature at least 0")
     prepare_environment()
     prompts = encode_prompts(settings.model, settings.prompts, settings.limit)
-    result = _measure(settings, prompts, chosen)
+    result = measure(settings, prompts, chosen)
     line = json.dumps(result)
     if json_path is not None:
         json_path.write_text(line + "\n")
@@ -92,7 +92,8 @@ def run(settings: Settings, json_path: Path | None) -> int:
     return int(settings.dtype == "float32" and result["identical"] < result["prompts"])
 
 
-def _measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Run plain vLLM and the chosen variants; prints a table and returns what the JSON holds."""
     import torch
     import vllm
     from vllm import SamplingParams

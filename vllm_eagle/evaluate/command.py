@@ -130,6 +130,9 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
         batch=args.batch,
         out=args.out,
     )
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     start = time.perf_counter()
     result = evaluate(settings)
     print(f"{result['prompts']} prompts, {result['tokens']} tokens, T={settings.temperature:g}, {settings.dtype}, "

@@ -1,6 +1,7 @@
-"""The pair of models that ships with the project: a small Llama and an EAGLE-1 head for it. See README.md here."""
+"""The pair of models that ships with the project: a small Llama, an EAGLE-1 head for it, and some training text. See README.md."""
 
 from pathlib import Path
 
 TARGET = Path(__file__).with_name("target")
 HEAD = Path(__file__).with_name("head")
+TRAINING_ANSWERS = Path(__file__).parents[1] / "prompts" / "gsm8k_answers.jsonl.gz"  # 1600 answers of the target, for a first try

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_eagle.heads.check import Target, misfits, problems
+from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, read_head
+from vllm_eagle.heads.formats import Head as CheckpointHead
 from vllm_eagle.train.data import Example
 from vllm_eagle.train.medusa import MedusaHead, medusa_settings
-from vllm_eagle.train.models import Eagle3Head, EagleHead, Head, aux_layers
+from vllm_eagle.train.models import Eagle3Head, EagleHead, Head
 from vllm_eagle.train.settings import TrainSettings
 from vllm_eagle.train.target import FrozenTarget, default_aux_layers, head_config
 from vllm_eagle.train.vocabulary import count_tokens, coverage, draft_vocabulary
@@ -41,68 +44,83 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
 
 
 def load_head(path: Path, target: FrozenTarget) -> Head:
-    """Read a head in vLLM's format.
+    """Read a head of any format that `vllm-eagle inspect` knows, or Medusa heads in vLLM's.
 
     Raises:
-        ValueError: no such head, weights that do not fit its config, a kind of head that is not known here, another target's.
+        ValueError: no such head, a broken one, another target's, or a design that the modules here do not have.
     """
-    from transformers import LlamaConfig
-
-    try:
-        settings = json.loads((path / "config.json").read_text())
-        weights = load_file(path / "model.safetensors")
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--head {path}: {error}; a head is a folder with config.json and model.safetensors "
-                         "(vllm-eagle convert makes one of other formats)") from None  # fmt: skip
-    head: Head
-    if settings.get("model_type") == "medusa":
-        head = MedusaHead(head_config(target.config), target.embed, target.lm_head, settings["num_heads"])
-    else:
-        weights = {
-            name.replace("layers.0.", "midlayer.") if "hidden_norm" in "".join(weights) else name: w for name, w in weights.items()
-        }
-        odd = [key for key in ("norm_before_fc", "fc_norm", "norm_output") if settings.get(key)]
-        if odd:
-            raise ValueError(
-                f"--head {path}: {', '.join(odd)} is set, which evaluation does not know; measure this head with `compare`"
-            )
-        config = LlamaConfig(**{k: v for k, v in settings.items() if k != "model_type"})
-        if (config.vocab_size, getattr(config, "target_hidden_size", None) or config.hidden_size) != (
-            target.config.vocab_size,
-            target.config.hidden_size,
-        ):
-            raise ValueError(
-                f"--head {path}: vocabulary {config.vocab_size} and hidden size {config.hidden_size} are not those of "
-                f"{target.path} ({target.config.vocab_size}, {target.config.hidden_size}); use a head trained for this target"
-            )
-        is_eagle3 = "midlayer.hidden_norm.weight" in weights
-        if is_eagle3:
-            _complete_eagle3(config, weights, target)
-            head = Eagle3Head(config, target.embed)
-        else:
-            config.fc_bias = "fc.bias" in weights
-            config.attention_bias = "layers.0.self_attn.q_proj.bias" in weights
-            head = EagleHead(config, target.embed, target.lm_head)
-        own = weights.get("embed_tokens.weight")
-        if own is not None:
-            head.embed_tokens = torch.nn.Embedding(*own.shape)
-    missing, unexpected = head.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"--head {path}: weights missing {sorted(missing)} and unknown {sorted(unexpected)}; see `vllm-eagle inspect {path}`"
-        )
+    if is_medusa(path):
+        return _load_medusa(path, target)
+    found = read_head(path)
+    known = Target(
+        path=Path(target.path),
+        architectures=(),
+        hidden_size=target.config.hidden_size,
+        vocab_size=target.config.vocab_size,
+        num_layers=target.config.num_hidden_layers,
+        max_positions=None,
+    )
+    reasons = [*problems(found), *misfits(found, known)]
+    if reasons:
+        raise ValueError(f"--head {path}: {reasons[0]}; `vllm-eagle inspect {path} --target {target.path}` says more")
+    odd = [flag for flag, is_set in found.norms.items() if is_set and flag != "norm_before_residual"]
+    odd += [f"{part} biases" for part in ("o", "mlp") if found.has_bias(part)]
+    odd += ["several layers"] if found.num_layers > 1 else []
+    odd += ["query and key norms"] if found.model_type == "qwen3" else []
+    if odd:
+        raise ValueError(f"--head {path}: has {odd[0]}, which training and evaluation here do not know; measure it with `compare`")
+    head = _empty_like(found, known, target)
+    if "embed_tokens.weight" in found.tensors:
+        head.embed_tokens = torch.nn.Embedding(found.vocab_size, found.hidden_size).requires_grad_(False)
+    weights = dict(found.tensors)
+    if isinstance(head, Eagle3Head):
+        weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in weights.items()}
+        if head.target_ids is not None and "t2d" not in weights:
+            ids = torch.arange(found.draft_vocab_size) + weights["d2t"].long()
+            weights["t2d"] = torch.zeros(found.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+        if "lm_head.weight" not in weights:  # a whole vocabulary may leave it to the target
+            weights["lm_head.weight"] = target.lm_head.weight
+    head.load_state_dict(weights)
     return head
 
 
-def _complete_eagle3(config: Any, weights: dict[str, torch.Tensor], target: FrozenTarget) -> None:
-    """Fields that an EAGLE-3 config may leave to its weights."""
-    if getattr(config, "draft_vocab_size", None) is None:
-        config.draft_vocab_size = weights["lm_head.weight"].shape[0]
-    if not aux_layers(config):
-        config.eagle_aux_hidden_state_layer_ids = default_aux_layers(target.config.num_hidden_layers)
-    if "d2t" in weights and "t2d" not in weights:
-        ids = torch.arange(len(weights["d2t"])) + weights["d2t"]
-        weights["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+def is_medusa(path: Path) -> bool:
+    """Whether the folder holds Medusa heads, by its config.json."""
+    file = path / "config.json"
+    return file.is_file() and '"model_type": "medusa"' in file.read_text()
+
+
+def _load_medusa(path: Path, target: FrozenTarget) -> Head:
+    settings = json.loads((path / "config.json").read_text())
+    head = MedusaHead(head_config(target.config), target.embed, target.lm_head, settings["num_heads"])
+    try:
+        head.load_state_dict(load_file(path / "model.safetensors"))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--head {path}: no Medusa heads for {target.path} ({str(error).splitlines()[0]})") from None
+    return head
+
+
+def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> Head:
+    from transformers import LlamaConfig
+
+    settings = found.layer | {
+        "num_hidden_layers": 1,
+        "num_key_value_heads": found.num_kv_heads,
+        "head_dim": found.head_dim,
+        "attention_bias": found.has_bias("qkv"),
+        "tie_word_embeddings": False,
+    }
+    if found.kind == "EAGLE-1":
+        architecture = BIASED_ARCHITECTURE if found.fc_bias else "LlamaForCausalLM"
+        config = LlamaConfig(**settings, architectures=[architecture], fc_bias=found.fc_bias)
+        return EagleHead(config, target.embed, target.lm_head)
+    eagle3 = {
+        "draft_vocab_size": found.draft_vocab_size,
+        "norm_before_residual": found.norms["norm_before_residual"],
+        "target_hidden_size": found.target_hidden_size,
+        "eagle_aux_hidden_state_layer_ids": list(found.aux_layers or known.default_aux_layers),
+    }
+    return Eagle3Head(LlamaConfig(**settings, **eagle3, architectures=["LlamaForCausalLMEagle3"]), target.embed)
 
 
 def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -32,10 +32,11 @@ class FeatureCache:
                 raise ValueError(
                     f"--cache-dir {folder} holds features of another target, data set or setting; empty it or name another"
                 )
-            for line in lines[1:]:
+            for i, line in enumerate(lines[1:], start=1):
                 try:
                     key, *entry = json.loads(line)
                 except json.JSONDecodeError:  # the line being written when a run was killed
+                    self._index_path.write_text("".join(line + "\n" for line in lines[:i]))
                     break
                 self._index[key] = tuple(entry)
         else:

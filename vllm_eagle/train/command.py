@@ -1,6 +1,7 @@
 """`vllm-eagle train`: options -> TrainSettings."""
 
 import argparse
+import sys
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
@@ -76,9 +77,16 @@ def settings_from(args: argparse.Namespace) -> TrainSettings:
 def run(args: argparse.Namespace) -> int:
     """Train; prints where the head is and how good."""
     settings = settings_from(args)
+    from transformers.utils import logging
+
     from vllm_eagle.train.loop import train
 
-    card = train(settings)
+    logging.disable_progress_bar()
+    try:
+        card = train(settings)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command with --resume goes on from the newest checkpoint in {settings.out}", file=sys.stderr)
+        return 130
     if card:
         held_out = card["facts"].get("held_out", {})
         alphas = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items() if name.startswith("alpha"))

@@ -66,9 +66,14 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-def norm(config: Any, size: int | None = None) -> nn.RMSNorm:
-    """Root-mean-square norm over `size` (default: the hidden size)."""
-    return nn.RMSNorm(size or config.hidden_size, eps=config.rms_norm_eps)
+class RMSNorm(nn.RMSNorm):
+    """torch's norm in the type of its weights, which under autocast is wider than the input's."""
+
+    def __init__(self, config: Any):
+        super().__init__(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 def rotary(config: Any) -> nn.Module:

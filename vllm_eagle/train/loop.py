@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_eagle.train import checkpoint
@@ -27,6 +28,7 @@ from vllm_eagle.train.data import Example, file_hash, load_examples
 from vllm_eagle.train.models import aux_layers
 from vllm_eagle.train.objective import Objective, Outcome
 from vllm_eagle.train.report import DataReport
+from vllm_eagle.train.rows import check_files
 from vllm_eagle.train.settings import TrainSettings
 from vllm_eagle.train.target import Features, FrozenTarget
 
@@ -51,6 +53,7 @@ class _Run:
         from transformers import AutoTokenizer
 
         self.settings, out = settings, settings.out
+        check_files(list(settings.data))
         resume_from = _check_out(settings)
         precision = "bf16" if settings.dtype == "bfloat16" else "no"
         self.accelerator = Accelerator(
@@ -59,6 +62,8 @@ class _Run:
         self.is_main = self.accelerator.is_main_process
         self.progress = progress and self.is_main
         set_seed(settings.seed)
+        for kind in (np.float32, np.float64):
+            np.finfo(kind)  # numpy probes the types once, and would warn of flushed denormals
         torch.set_flush_denormal(True)
         self.target = FrozenTarget(settings.target, getattr(torch, settings.dtype), self.accelerator.device)
         report = DataReport()

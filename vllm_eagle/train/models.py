@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_eagle.train.layer import MLP, Attention, Memory, norm, rotary
+from vllm_eagle.train.layer import MLP, Attention, Memory, RMSNorm, rotary
 
 
 class Head(nn.Module):
@@ -64,7 +64,7 @@ class _EagleLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, config.hidden_size)
         self.mlp = MLP(config)
-        self.post_attention_layernorm = norm(config)
+        self.post_attention_layernorm = RMSNorm(config)
 
     def forward(self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], memory: Memory) -> torch.Tensor:
         hidden = hidden + self.self_attn(hidden, rotation, memory)
@@ -102,9 +102,9 @@ class _Eagle3Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, 2 * config.hidden_size)
         self.mlp = MLP(config)
-        self.input_layernorm = norm(config)
-        self.hidden_norm = norm(config)
-        self.post_attention_layernorm = norm(config)
+        self.input_layernorm = RMSNorm(config)
+        self.hidden_norm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
         self._norm_before_residual = bool(getattr(config, "norm_before_residual", False))
 
     def forward(
@@ -127,7 +127,7 @@ class Eagle3Head(Head):
         feature_size = (getattr(config, "target_hidden_size", None) or config.hidden_size) * len(aux_layers(config))
         self.fc = nn.Linear(feature_size, config.hidden_size, bias=False)
         self.midlayer = _Eagle3Layer(config)
-        self.norm = norm(config)
+        self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size < config.vocab_size:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
