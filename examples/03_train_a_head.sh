@@ -11,7 +11,7 @@ DATA=${DATA:-$PACKAGE/prompts/gsm8k_answers.jsonl.gz}
 
 # Heads learn best from answers that the target wrote itself. The shipped ones are; for others:
 #     vllm-eagle regenerate --target $TARGET --data questions.jsonl --out answers.jsonl
-vllm-eagle train --target "$TARGET" --data "$DATA" --out "$OUT/head" --steps 60 --lr 2e-3
+vllm-eagle train --target "$TARGET" --data "$DATA" --out "$OUT/head" --steps "${STEPS:-60}" --lr 2e-3
 vllm-eagle inspect "$OUT/head" --target "$TARGET"
 vllm-eagle eval --target "$TARGET" --head "$OUT/head" --limit 16 --out "$OUT/eval" # alpha, calibration, expected tau
 vllm-eagle demo --model "$TARGET" --head "$OUT/head"                               # trees in vLLM, same tokens as without

@@ -1,6 +1,7 @@
 """The command line as a user types it, in processes of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_examples_run_as_they_stand(example: str) -> None:
     done = subprocess.run([sys.executable, ROOT / "examples" / example], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "A: " in done.stdout
+
+
+def test_training_example_runs_as_it_stands(tmp_path: Path) -> None:
+    """With fewer steps than a user would take: what matters here is that every command of it works on the next one's input."""
+    environment = os.environ | {"STEPS": "3", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "examples" / "03_train_a_head.sh"), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "identical: yes" in done.stdout
+    assert "teacher-forced" in done.stdout
+    assert (tmp_path / "run" / "eval" / "reliability.png").exists()
 
 
 def test_vllms_own_command_line_loads_the_plugin() -> None:

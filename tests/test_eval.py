@@ -9,7 +9,9 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from tests import heads
 from tests.engines import engine, generate, tokens, tree_stats, trees
+from tests.models import random_eagle3_head
 from vllm_eagle.bench.offline import encode_prompts
 from vllm_eagle.cli import main
 from vllm_eagle.config import TreeConfig
@@ -55,17 +57,19 @@ def test_tau_is_what_vllm_measures(tmp_path: Path, temperature: float) -> None:
     assert (tmp_path / "reliability.png").stat().st_size > 5_000
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_random_heads_accept_as_often_as_in_vllm(random_models: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "eagle3_norms"])
+def test_random_heads_accept_as_often_as_in_vllm(random_models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """Chance alone accepts these drafts, so that one wrong number anywhere in the head would show in which."""
+    norms = {"norm_before_residual": True, "norm_output": True}
+    path = random_eagle3_head(tmp_path / "head", **norms) if kind == "eagle3_norms" else random_models[kind]
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(2, 500, (20 + 7 * i,), generator=generator).tolist() for i in range(6)]
     params = [SamplingParams(temperature=1.0, seed=40 + i, max_tokens=40, ignore_eos=True) for i in range(6)]
-    with engine(random_models["target"], **trees(random_models[kind], 16)) as llm:
+    with engine(random_models["target"], **trees(path, 16)) as llm:
         outputs = tokens(generate(llm, prompts, params))
         measured = tree_stats(llm)
     target = FrozenTarget(random_models["target"], torch.float32)
-    head = load_head(random_models[kind], target).eval()
+    head = load_head(path, target).eval()
     texts = write_answers(target, prompts, 40, 9, temperature=1.0, seed=40)
     assert [text.token_ids[text.num_prompt :][:40] for text in texts] == [output[0] for output in outputs]
     # The server went on to the 40th token whatever it was.
@@ -73,6 +77,21 @@ def test_random_heads_accept_as_often_as_in_vllm(random_models: dict[str, Path],
     found = replay(head, read_texts(target, texts, aux_layers(head.config)), TreeConfig(16), temperature=1.0)
     assert found.num_accepted > 5
     assert found.tau == pytest.approx(measured["tau"], rel=0.01)
+
+
+def test_heads_of_other_formats_are_read(random_models: dict[str, Path], tmp_path: Path) -> None:
+    target = FrozenTarget(random_models["target"], torch.float32)
+    weights = heads.eagle1_weights(qkv_bias=True)
+    biased = load_head(heads.write(tmp_path / "safeailab", heads.eagle1_settings(), weights, pickled=True), target)
+    assert torch.equal(biased.fc.bias, weights["fc.bias"].float())
+    assert torch.equal(biased.layers[0].self_attn.q_proj.bias, weights["layers.0.self_attn.q_proj.bias"].float())
+    assert torch.equal(biased.embed(torch.arange(9)), weights["embed_tokens.weight"][:9].float())
+    weights = heads.eagle3_weights("layers.0.")
+    other = load_head(heads.write(tmp_path / "speculators", heads.speculators_settings(), weights), target)
+    assert other.target_ids.tolist() == (torch.arange(len(weights["d2t"])) + weights["d2t"]).tolist()
+    texts = write_answers(target, [[5, 6, 7]], 8, 9)
+    for head in (biased, other):
+        assert replay(head.eval(), read_texts(target, texts, aux_layers(head.config)), TreeConfig(8)).num_nodes > 0
 
 
 def test_alpha_counts() -> None:

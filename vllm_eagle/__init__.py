@@ -7,8 +7,8 @@
 
 Read tree.py first (what a tree is), then the four above. They know nothing of vLLM; engine/ does, and nothing else but
 attention/ (a backend), plugin.py (the entry point), llm.py and bench/. config.py holds the options, serve.py turns them into
-vLLM's, metrics.py counts. train/ makes heads, evaluate/ measures them
-without vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
+vLLM's, metrics.py counts. train/ makes heads, evaluate/ measures them without
+vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
 """
 
 from typing import TYPE_CHECKING, Any

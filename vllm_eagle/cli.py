@@ -80,7 +80,7 @@ def _pair(args: argparse.Namespace) -> tuple[str, str]:
     from vllm_eagle.pair import HEAD, TARGET
 
     if (args.model is None) != (args.head is None):
-        raise ValueError("target and --head belong together; give both, or neither for the shipped pair")
+        raise ValueError("the target and --head belong together; give both, or neither for the shipped pair")
     return (str(TARGET), str(HEAD)) if args.model is None else (args.model, args.head)
 
 

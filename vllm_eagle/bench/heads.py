@@ -49,8 +49,8 @@ def measure_head(target: str, head: str, kind: str, temperature: float, max_toke
 def table(result: dict[str, Any]) -> str:
     """Markdown, one row per kind of head."""
     lines = [
-        "| drafter | alpha 0 | 1 | 2 | 3 | 4 | chain of 5 | by eval | tree of 16 | by eval | T = 1: alpha 0 | tree of 16 | by eval |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| drafter | alpha 0 | 1 | 2 | 3 | 4 | chain of 5 | eval | tree of 16 | eval | T = 1: alpha 0 | tree of 16 | eval |",
+        "|" + "---|" * 13,
     ]
     for kind, by_temperature in result["heads"].items():
         greedy, sampled = by_temperature["T=0"], by_temperature.get("T=1", {})

@@ -63,8 +63,7 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
     reasons = [*problems(found), *misfits(found, known)]
     if reasons:
         raise ValueError(f"--head {path}: {reasons[0]}; `vllm-eagle inspect {path} --target {target.path}` says more")
-    odd = [flag for flag, is_set in found.norms.items() if is_set and flag != "norm_before_residual"]
-    odd += [f"{part} biases" for part in ("o", "mlp") if found.has_bias(part)]
+    odd = [f"{part} biases" for part in ("o", "mlp") if found.has_bias(part)]
     odd += ["several layers"] if found.num_layers > 1 else []
     odd += ["query and key norms"] if found.model_type == "qwen3" else []
     if odd:
@@ -116,11 +115,10 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
         return EagleHead(config, target.embed, target.lm_head)
     eagle3 = {
         "draft_vocab_size": found.draft_vocab_size,
-        "norm_before_residual": found.norms["norm_before_residual"],
         "target_hidden_size": found.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": list(found.aux_layers or known.default_aux_layers),
     }
-    return Eagle3Head(LlamaConfig(**settings, **eagle3, architectures=["LlamaForCausalLMEagle3"]), target.embed)
+    return Eagle3Head(LlamaConfig(**settings, **eagle3, **found.norms, architectures=["LlamaForCausalLMEagle3"]), target.embed)
 
 
 def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -69,8 +69,8 @@ class MLP(nn.Module):
 class RMSNorm(nn.RMSNorm):
     """torch's norm in the type of its weights, which under autocast is wider than the input's."""
 
-    def __init__(self, config: Any):
-        super().__init__(config.hidden_size, eps=config.rms_norm_eps)
+    def __init__(self, config: Any, size: int | None = None):
+        super().__init__(size or config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden.to(self.weight.dtype))

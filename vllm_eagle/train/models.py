@@ -124,8 +124,13 @@ class Eagle3Head(Head):
 
     def __init__(self, config: Any, embed: nn.Module):
         super().__init__(config, embed)
-        feature_size = (getattr(config, "target_hidden_size", None) or config.hidden_size) * len(aux_layers(config))
-        self.fc = nn.Linear(feature_size, config.hidden_size, bias=False)
+        size, num_layers = getattr(config, "target_hidden_size", None) or config.hidden_size, len(aux_layers(config))
+        # Norms that later trainers added, under the names that vLLM and speculators give them.
+        self.input_norm = RMSNorm(config, size * num_layers) if getattr(config, "norm_before_fc", False) else None
+        normed = getattr(config, "fc_norm", False)
+        self.fc_norm = nn.ModuleList([RMSNorm(config, size) for _ in range(num_layers)]) if normed else None
+        self._norm_output = bool(getattr(config, "norm_output", False))
+        self.fc = nn.Linear(size * num_layers, config.hidden_size, bias=False)
         self.midlayer = _Eagle3Layer(config)
         self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -140,13 +145,19 @@ class Eagle3Head(Head):
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features.to(self.fc.weight.dtype))
 
     def forward(
         self, token_ids: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, memory: Memory
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.midlayer(self.embed(token_ids), hidden, self.rotary(hidden, positions), memory)
-        return hidden, self.norm(hidden)
+        ready = self.norm(hidden)
+        return ready if self._norm_output else hidden, ready
 
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
         return self.lm_head(ready)
