@@ -3,7 +3,8 @@
     python -m vllm_eagle.bench.ablation --target MODEL --data FILE [FILE ...] --out DIR [--only VARIANT ...]
 
 Every variant sees the same batches for the same number of steps and is measured on the target's own answers to held-out prompts, at
-T = 0 and at T = 1 (coupled), teacher-forced and free-running. One JSON file per variant; a table of all that are in DIR at the end.
+T = 0 and at T = 1 (coupled), teacher-forced and free-running. One JSON file per variant; at the end one of all in DIR,
+and a table.
 """
 
 import argparse
@@ -63,17 +64,12 @@ def run_variant(name: str, base: TrainSettings, max_tokens: int) -> dict[str, An
     return result
 
 
-def table(folder: Path) -> str:
-    """Markdown: teacher-forced alphas at T = 0, alpha 0 at T = 1, and tau of a chain of 5."""
-    lines = [
-        "| training | alpha 0 | 1 | 2 | 3 | 4 | tau, chain of 5 | T = 1: alpha 0 | tau |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: teacher-forced alphas at T = 0, tau of a chain of 5, and both at T = 1."""
+    lines = ["| training | alpha 0 | 1 | 2 | 3 | 4 | chain of 5 | T = 1: alpha 0 | chain of 5 |", "|" + "---|" * 9]
     for name, (text, _, _) in VARIANTS.items():
-        path = folder / f"{name}.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            greedy, sampled = found["T=0"], found["T=1"]
+        if name in results:
+            greedy, sampled = results[name]["T=0"], results[name]["T=1"]
             alphas = " | ".join(f"{a:.3f}" for a in greedy["alpha_teacher_forced"])
             rest = f"{greedy['tau_chain5']:.2f} | {sampled['alpha_teacher_forced'][0]:.3f} | {sampled['tau_chain5']:.2f}"
             lines.append(f"| {text} | {alphas} | {rest} |")
@@ -108,7 +104,9 @@ def main() -> None:
     for name in args.only:
         result = run_variant(name, base, args.max_tokens)
         (args.out / f"{name}.json").write_text(json.dumps(result) + "\n")
-    print(table(args.out))
+    results = {name: json.loads(path.read_text()) for name in VARIANTS if (path := args.out / f"{name}.json").exists()}
+    (args.out / "ablation.json").write_text(json.dumps(results) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

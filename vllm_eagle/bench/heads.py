@@ -81,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare_environment()
     heads: dict[str, Any] = {}
-    for kind in ("ngram", "medusa", "eagle", "eagle3"):
+    for kind in ("medusa", "eagle", "eagle3", "ngram"):  # why last: compare.py
         head = args.eagle if kind == "ngram" else getattr(args, kind)
         temperatures = (0.0, 1.0) if kind in ("eagle", "eagle3") else (0.0,)
         heads[kind] = {f"T={t:g}": measure_head(args.target, head, kind, t, args.max_tokens) for t in temperatures}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vllm_eagle.heads.check import Target, misfits, problems
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, read_head
@@ -17,6 +17,12 @@ from vllm_eagle.train.models import Eagle3Head, EagleHead, Head
 from vllm_eagle.train.settings import TrainSettings
 from vllm_eagle.train.target import FrozenTarget, default_aux_layers, head_config
 from vllm_eagle.train.vocabulary import count_tokens, coverage, draft_vocabulary
+
+# What transformers writes into every config and no reader of heads looks at.
+_NOT_OF_A_HEAD = {
+    *("_name_or_path", "id2label", "label2id", "problem_type", "output_hidden_states", "output_attentions", "return_dict"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "use_cache", "pretraining_tp", "transformers_version"),
+}
 
 
 def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[Example]) -> tuple[Head, dict[str, Any]]:
@@ -127,11 +133,12 @@ def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> Non
     if isinstance(head, MedusaHead):
         settings = medusa_settings(head.config, len(head.blocks))
     else:
-        settings = head.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+        settings = {k: v for k, v in head.config.to_dict().items() if k not in _NOT_OF_A_HEAD}
+        settings |= {"dtype": str(dtype).removeprefix("torch.")}
     weights = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in head.state_dict().items()
         if not name.startswith("rotary.")
     }
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))  # save_file makes it private
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -186,7 +186,8 @@ class _Run:
         """Loss and alpha per depth on held-out text, teacher-forced, without noise."""
         objective = self.accelerator.unwrap_model(self.objective)
         trained_with = objective.weights
-        steps = min(EVAL_STEPS, trained_with.num_steps) if self.settings.method == "medusa" else EVAL_STEPS
+        trained_steps = trained_with.num_steps
+        steps = trained_steps if self.settings.method == "medusa" else max(EVAL_STEPS, trained_steps)
         objective.eval()
         objective.weights = replace(trained_with, num_steps=steps)
         sums = torch.zeros(2, steps, dtype=torch.float64)
@@ -195,14 +196,14 @@ class _Run:
             with self.accelerator.autocast():
                 outcome = objective(*self._inputs(batch, cached=False))
             sums += torch.stack([outcome.num_agreed, outcome.num_positions]).double().cpu()
-            loss, num_batches = loss + outcome.loss.item(), num_batches + 1
+            loss, num_batches = loss + outcome.step_losses[:trained_steps].sum().item(), num_batches + 1
         objective.weights = trained_with
         objective.train()
         totals = self.accelerator.reduce(
             torch.cat([sums.flatten(), torch.tensor([loss, num_batches]).double()]).to(self.accelerator.device)
         )
         agreed, counted = totals[:-2].view(2, steps).cpu()
-        alphas = {f"alpha_{i}": (agreed[i] / counted[i].clamp(min=1)).item() for i in range(steps)}
+        alphas = {f"alpha_{i}": (agreed[i] / counted[i].clamp(min=1)).item() for i in range(min(EVAL_STEPS, steps))}
         return {"loss": (totals[-2] / totals[-1].clamp(min=1)).item()} | alphas
 
     def _rate(self) -> float:

@@ -42,7 +42,8 @@ class LossWeights:
 class Outcome:
     """Loss and accuracy of one batch."""
 
-    loss: torch.Tensor  # scalar
+    loss: torch.Tensor  # scalar, what is minimised
+    step_losses: torch.Tensor  # [steps], its parts, weighed
     num_agreed: torch.Tensor  # [steps] int64, positions where head and target agree on the most likely token
     num_positions: torch.Tensor  # [steps] int64
 
@@ -62,7 +63,7 @@ class Objective(nn.Module):
         loss_mask: torch.Tensor,  # [batch, seq] bool, tokens that the target emits
         features: Features,
     ) -> Outcome:
-        """Raises nothing; a batch without any position to learn from gives a loss of 0."""
+        """A batch without any position to learn from gives a loss of 0."""
         weights = self.weights
         inputs = features.fused if features.fused.shape[-1] else features.last
         if self.training and weights.noise:
@@ -77,8 +78,8 @@ class Objective(nn.Module):
             best = target_logits.argmax(-1)
             probs, learnable = self._draft_probs(target_logits, best)
         # Every parameter takes part even in a batch without positions, so that data-parallel processes stay in step.
-        loss = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
-        agreed, counted = [], []
+        nothing = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
+        losses, agreed, counted = [], [], []
         for step, ready in enumerate(unroll(self.head, token_ids, inputs, weights.num_steps, weights.token_shift)):
             source = places - 1 - step  # the row whose step predicts feature `places`
             chosen = source >= 0
@@ -91,13 +92,14 @@ class Objective(nn.Module):
             counted.append(chosen.sum())
             usable = learnable[chosen]
             num_usable = usable.sum().clamp(min=1)
-            entropy = -(probs[chosen] * logits.log_softmax(-1)).sum(-1)
-            step_loss = weights.classification * (entropy * usable).sum() / num_usable
+            cross_entropy = -(probs[chosen] * logits.log_softmax(-1)).sum(-1)
+            step_loss = weights.classification * (cross_entropy * usable).sum() / num_usable
             if weights.regression:
                 distance = F.smooth_l1_loss(predicted.float(), truth[chosen].float(), reduction="none").mean(-1)
                 step_loss = step_loss + weights.regression * distance.sum() / max(1, len(distance))
-            loss = loss + weights.step_decay**step * step_loss
-        return Outcome(loss, torch.stack(agreed), torch.stack(counted))
+            losses.append(weights.step_decay**step * step_loss)
+        step_losses = torch.stack(losses)
+        return Outcome(nothing + step_losses.sum(), step_losses.detach(), torch.stack(agreed), torch.stack(counted))
 
     def _draft_probs(
         self,
