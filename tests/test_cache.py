@@ -19,6 +19,9 @@ def test_what_is_put_comes_back_bit_for_bit(tmp_path: Path) -> None:
     one, other = features(5, 1), features(7, 2)
     cache.put(3, one, 4)  # the last position is padding
     cache.put(9, other, 7)
+    with pytest.raises(ValueError, match="in use by another run"):
+        FeatureCache(tmp_path, 10_000, {"target": "a"})
+    cache.close()
     for reader in (cache, FeatureCache(tmp_path, 10_000, {"target": "a"})):
         found = reader.get(3)
         assert found is not None
@@ -46,12 +49,14 @@ def test_a_torn_entry_is_computed_anew(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, 10_000, {})
     cache.put(1, features(3, 1), 3)
     cache.put(2, features(3, 2), 3)
+    cache.close()
     index = tmp_path / "index.0.jsonl"
     index.write_text(index.read_text()[:-9])
     again = FeatureCache(tmp_path, 10_000, {})
     assert again.get(1) is not None
     assert again.get(2) is None
     again.put(2, features(3, 5), 3)
+    again.close()
     found = FeatureCache(tmp_path, 10_000, {}).get(2)
     assert found is not None
     assert torch.equal(found.last, features(3, 5).last)
@@ -61,3 +66,13 @@ def test_features_of_another_run_are_refused(tmp_path: Path) -> None:
     FeatureCache(tmp_path, 10, {"target": "a"})
     with pytest.raises(ValueError, match=r"--cache-dir .* of another target"):
         FeatureCache(tmp_path, 10, {"target": "b"})
+
+
+def test_processes_read_each_others_features(tmp_path: Path) -> None:
+    one, other = (FeatureCache(tmp_path, 10_000, {"target": "a"}, rank) for rank in (0, 1))
+    one.put(5, features(3, 5), 3)
+    assert other.get(5) is None
+    other.refresh()
+    found = other.get(5)
+    assert found is not None
+    assert torch.equal(found.fused, features(3, 5).fused)

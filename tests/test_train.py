@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from vllm_eagle.train.loop import train
 from vllm_eagle.train.models import Eagle3Head, Head, aux_layers
 from vllm_eagle.train.objective import LossWeights, Objective
 from vllm_eagle.train.settings import DEFAULT_WEIGHTS, TrainSettings
-from vllm_eagle.train.target import FrozenTarget, default_aux_layers
+from vllm_eagle.train.target import Features, FrozenTarget, default_aux_layers
 from vllm_eagle.train.unroll import unroll, unrolled_mask
 from vllm_eagle.train.vocabulary import count_tokens, coverage, draft_vocabulary
 
@@ -196,12 +197,14 @@ def test_loss_counts_answers_only(target: FrozenTarget) -> None:
 def test_resumed_run_equals_an_uncut_one(
     target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, changes: dict[str, object]
 ) -> None:
+    """Cut in the second epoch (of 6 or 7 batches), so that order, noise and cache of both take part."""
+
     class KilledError(Exception):
         pass
 
     def settings_in(folder: str) -> TrainSettings:
         cache = {"cache_dir": tmp_path / folder / "cache"} if "cache_gb" in changes else {}
-        return settings(target_path, data, tmp_path / folder, method, **changes, **cache)
+        return settings(target_path, data, tmp_path / folder, method, steps=12, checkpoint_every=9, **changes, **cache)
 
     train(settings_in("whole"), progress=False)
     real_save = checkpoint.save
@@ -216,17 +219,43 @@ def test_resumed_run_equals_an_uncut_one(
             train(settings_in("cut"), progress=False)
     # Whatever was logged after the checkpoint is dropped.
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 4, "kind": "train", "loss": -1.0}) + "\n")
+        file.write(json.dumps({"step": 10, "kind": "train", "loss": -1.0}) + "\n")
     train(replace(settings_in("cut"), resume=True), progress=False)
-
-    def losses(folder: str) -> list[tuple[int, str, float]]:
-        points = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
-        return [(p["step"], p["kind"], p["loss"], p["alpha_0"]) for p in points]
-
-    assert losses("cut") == losses("whole")
+    assert points(tmp_path / "cut") == points(tmp_path / "whole")
     one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "cut"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def points(folder: Path) -> list[tuple[int, str, float, float]]:
+    """Losses and accuracies of a run, without its speed."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(p["step"], p["kind"], p["loss"], p["alpha_0"]) for p in found]
+
+
+@pytest.mark.parametrize("room", [0.01, 0.0001])
+def test_later_epochs_take_features_from_the_cache(
+    target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    rows: list[int] = []
+    compute = FrozenTarget.features
+
+    def counted(self: FrozenTarget, token_ids: torch.Tensor, aux: Sequence[int] = ()) -> Features:
+        rows.append(len(token_ids))
+        return compute(self, token_ids, aux)
+
+    monkeypatch.setattr(FrozenTarget, "features", counted)
+    plain = settings(target_path, data, tmp_path / "plain", steps=21, holdout=0.0)
+    num_examples = train(plain, progress=False)["facts"]["examples"]
+    without = sum(rows)
+    rows.clear()
+    train(replace(plain, out=tmp_path / "cached", cache_dir=tmp_path / "cache", cache_gb=room), progress=False)
+    if room == 0.01:
+        assert sum(rows) == num_examples + 1  # and the row that the target is checked with
+    else:
+        assert num_examples + 1 < sum(rows) < without - num_examples // 2
+    for one, other in zip(points(tmp_path / "plain"), points(tmp_path / "cached"), strict=True):
+        assert one[2] == pytest.approx(other[2], rel=1e-3)
 
 
 def test_run_leaves_everything_behind(target_path: Path, data: Path, tmp_path: Path) -> None:
@@ -248,54 +277,58 @@ def test_run_leaves_everything_behind(target_path: Path, data: Path, tmp_path: P
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-00000003", "step-00000006"}
     with pytest.raises(ValueError, match="holds a run already; add --resume"):
         train(settings(target_path, data, out), progress=False)
-    with pytest.raises(ValueError, match="--resume: --lr differ"):
-        train(replace(both, resume=True, lr=5.0), progress=False)
+    with pytest.raises(ValueError, match="--resume: --lr, --noise differ"):
+        train(replace(both, resume=True, lr=5.0, weights=LossWeights(noise=0.3)), progress=False)
+    bad.write_text('{"text": "other"}\n')
+    with pytest.raises(ValueError, match="--resume: the data has changed"):
+        train(replace(both, resume=True), progress=False)
 
 
 def test_two_processes_learn_as_one_with_accumulation(target_path: Path, tmp_path: Path) -> None:
+    """Four batches of unequal numbers of answer tokens per step, on one process or on two."""
     data = tmp_path / "equal.jsonl"  # of equal lengths, so that one process and two cut the same batches
-    data.write_text("".join(json.dumps({"text": chr(97 + i) * 20 + "abc" * 10}) + "\n" for i in range(16)))
+    rows = [{"text": chr(97 + i) * 20 + "abc" * 10} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run(out: str, launcher: list[str], *options: str) -> dict[str, torch.Tensor]:
+    def run(out: str, launcher: list[str], accumulate: int) -> dict[str, torch.Tensor]:
         command = [*launcher, "train", "--target", str(target_path), "--data", str(data), "--out", str(tmp_path / out)]
-        command += [
-            "--steps",
-            "3",
-            "--batch-tokens",
-            "128",
-            "--max-length",
-            "64",
-            "--lr",
-            "1e-3",
-            "--warmup",
-            "1",
-            "--dtype",
-            "float32",
-            "--noise",
-            "0",
-            "--holdout",
-            "0",
-        ]
-        done = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command += ["--method", "eagle3", "--unroll-steps", "2", "--draft-vocab", "64", "--steps", "3", "--batch-tokens", "128"]
+        command += ["--max-length", "64", "--lr", "1e-3", "--warmup", "1", "--dtype", "float32", "--holdout", "0"]
+        command += ["--accumulate", str(accumulate)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return load_file(tmp_path / out / "model.safetensors")
 
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29571",
-        "-m",
-        "vllm_eagle.cli",
-    ]
-    two = run("two", launch)
-    one = run("one", [sys.executable, "-m", "vllm_eagle.cli"], "--accumulate", "2")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vllm_eagle.cli"]
+    two = run("two", launch, 2)
+    one = run("one", [sys.executable, "-m", "vllm_eagle.cli"], 4)
     assert json.loads((tmp_path / "two" / "run_card.json").read_text())["facts"]["processes"] == 2
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_every_position_of_a_step_counts_alike(target_path: Path, data: Path, tmp_path: Path) -> None:
+    """One step over two batches has the gradient of one batch that holds both."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"text": "xyz" * n}) + "\n" for n in (4, 20)))
+    common = {"steps": 1, "holdout": 0.0, "weights": LossWeights(noise=0.0)}
+    train(settings(target_path, few, tmp_path / "split", batch_tokens=62, accumulate=2, **common), progress=False)
+    train(settings(target_path, few, tmp_path / "whole", batch_tokens=500, **common), progress=False)
+    split, whole = (load_file(tmp_path / folder / "model.safetensors") for folder in ("split", "whole"))
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=2e-6)
+
+
+def test_training_goes_on_from_another_head(target_path: Path, data: Path, tmp_path: Path) -> None:
+    first = settings(target_path, data, tmp_path / "first", draft_vocab=32000)
+    train(first, progress=False)
+    card = train(replace(first, out=tmp_path / "second", init=tmp_path / "first", lr=1e-9), progress=False)
+    assert card["facts"]["init"] == str(tmp_path / "first")
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("first", "second"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="is a head of --method eagle, not eagle3"):
+        train(settings(target_path, data, tmp_path / "third", "eagle3", init=tmp_path / "first", draft_vocab=32000), progress=False)
 
 
 def test_a_minute_of_training_raises_alpha(tmp_path: Path) -> None:
@@ -374,12 +407,17 @@ def test_targets_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scales or caps its logits"):
         FrozenTarget(tmp_path / "gemma2", torch.float32)
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match=r"the config of gpt2 lacks .*rms_norm_eps"):
+    from transformers import GlmConfig
+
+    GlmConfig(**sizes, num_key_value_heads=1, head_dim=16).save_pretrained(tmp_path / "glm")
+    with pytest.raises(ValueError, match="glm rotates only a part of each head"):
+        FrozenTarget(tmp_path / "glm", torch.float32)
+    with pytest.raises(ValueError, match=r"gpt2 lacks .*rms_norm_eps"):
         FrozenTarget(tmp_path / "gpt2", torch.float32)
     T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="t5 is an encoder-decoder"):
         FrozenTarget(tmp_path / "t5", torch.float32)
-    with pytest.raises(ValueError, match=r"--target .*nowhere"):
+    with pytest.raises(ValueError, match=r"target .*nowhere"):
         FrozenTarget(tmp_path / "nowhere", torch.float32)
 
 
@@ -409,7 +447,12 @@ def _small_eagle3(target: FrozenTarget, token_ids: torch.Tensor) -> Head:
     [
         ({"lr": 0.0}, "--lr must be positive"),
         ({"steps": 0}, "--steps must be positive"),
-        ({"holdout": 1.0}, "--holdout is a share"),
+        ({"holdout": 0.9}, "--holdout is a share"),
+        ({"warmup": -1}, "--warmup must not be negative"),
+        ({"grad_clip": 0.0}, "--grad-clip must be positive"),
+        ({"weights": LossWeights(noise=-0.1)}, "--noise must not be negative"),
+        ({"weights": LossWeights(regression=0, classification=0)}, "are both 0, so nothing would be learnt"),
+        ({"init": Path("x"), "draft_vocab": 5}, "--init brings its own"),
         ({"aux_layers": (1, 2, 3)}, "--aux-layers is for --method eagle3"),
         ({"method": "eagle3", "aux_layers": (1, 1, 3)}, "--aux-layers needs three different"),
         ({"cache_gb": 1.0}, "--cache-dir and --cache-gb belong together"),

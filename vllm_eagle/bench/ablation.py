@@ -16,15 +16,13 @@ from typing import Any
 import torch
 
 from vllm_eagle.bench.offline import encode_prompts
-from vllm_eagle.evaluate.accuracy import measure_accuracy
+from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH, measure_accuracy
 from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.train.build import load_head
 from vllm_eagle.train.loop import train
 from vllm_eagle.train.models import aux_layers
 from vllm_eagle.train.settings import DEFAULT_WEIGHTS, Method, TrainSettings
 from vllm_eagle.train.target import FrozenTarget
-
-DEPTH = 5
 
 # name -> what it is, kind of head, changed loss weights
 VARIANTS: dict[str, tuple[str, Method, dict[str, Any]]] = {
@@ -58,9 +56,11 @@ def run_variant(name: str, base: TrainSettings, max_tokens: int) -> dict[str, An
     result: dict[str, Any] = {"steps": settings.steps, "tokens": card["result"]["tokens"], "seconds": card["result"]["seconds"]}
     prompts = encode_prompts(settings.target, None)
     for temperature in (0.0, 1.0):
-        texts = write_answers(target, prompts, max_tokens, DEPTH + 1, temperature)
+        texts = write_answers(target, prompts, max_tokens, ALPHA_DEPTH + 1, temperature)
         batches = list(read_texts(target, texts, aux_layers(head.config)))
-        result[f"T={temperature:g}"] = measure_accuracy(target, head, batches, DEPTH, temperature, weights.token_shift).as_dict()
+        result[f"T={temperature:g}"] = measure_accuracy(
+            target, head, batches, ALPHA_DEPTH, temperature, weights.token_shift
+        ).as_dict()
     return result
 
 
@@ -102,6 +102,9 @@ def main() -> None:
         checkpoint_every=args.steps,
     )
     for name in args.only:
+        if (args.out / f"{name}.json").exists():
+            print(f"{name}: done before")
+            continue
         result = run_variant(name, base, args.max_tokens)
         (args.out / f"{name}.json").write_text(json.dumps(result) + "\n")
     results = {name: json.loads(path.read_text()) for name in VARIANTS if (path := args.out / f"{name}.json").exists()}

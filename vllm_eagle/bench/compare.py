@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
 from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.heads.checkpoint import read_config
 from vllm_eagle.serve import head_method
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def variants(head: str, temperature: float, medusa: str | None = None) -> dict[s
         chain = {"method": head_method(head), "model": head, "num_speculative_tokens": size}
         named[f"vllm_chain{size}"] = {"speculative_config": chain}
     if medusa is not None:
-        num_heads = json.loads((Path(medusa) / "config.json").read_text())["num_heads"]
+        num_heads = read_config(Path(medusa)).get("num_heads")
+        if not isinstance(num_heads, int):
+            raise ValueError(f"--medusa {medusa}: its config.json names no num_heads, so these are no Medusa heads")
         chain = {"method": "medusa", "model": medusa, "num_speculative_tokens": num_heads}
         named[f"vllm_medusa{num_heads}"] = {"speculative_config": chain}
     for suffix, options in (("", {}), ("_uncoupled", {"coupled": False})):

@@ -22,8 +22,10 @@ NAMES = {"eagle": "EAGLE-1", "eagle3": "EAGLE-3", "medusa": "Medusa, 5 heads", "
 def measure_head(target: str, head: str, kind: str, temperature: float, max_tokens: int) -> dict[str, Any]:
     """tau in vLLM, and what `eval` says."""
     medusa = head if kind == "medusa" else None
-    names = {"medusa": ["vllm_medusa5"], "ngram": ["vllm_ngram5"]}.get(kind, [CHAIN, TREE] if temperature == 0 else [TREE])
     named = variants(head, temperature, medusa)
+    names = [CHAIN, TREE] if temperature == 0 else [TREE]
+    if kind in ("medusa", "ngram"):
+        names = [name for name in named if name.startswith(f"vllm_{kind}")]
     settings = Settings(target, head, None, None, temperature, 0, max_tokens, "float32", names, medusa)
     compared = measure(settings, encode_prompts(target, None), {name: named[name] for name in names})
     found = {"vllm": compared["tau"], "identical": compared["identical"], "prompts": compared["prompts"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.train.rows import read_rows
+from vllm_eagle.train.target import load_tokenizer
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -43,9 +44,9 @@ def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> l
     Raises:
         ValueError: the file is missing, broken or empty.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    tokenizer = load_tokenizer(model)
     prompts = []
     for row in read_rows(path or BUILT_IN_PROMPTS):
         if "messages" in row:

@@ -16,6 +16,7 @@ from vllm_eagle.train.models import Head
 from vllm_eagle.train.target import FrozenTarget
 from vllm_eagle.train.unroll import unroll
 
+ALPHA_DEPTH = 5  # alpha 0..4, as the papers report it
 ROWS = 512  # rows of logits at a time
 
 
@@ -55,7 +56,7 @@ def measure_accuracy(
     target: FrozenTarget,
     head: Head,
     batches: Iterable[Read],
-    depth: int = 5,
+    depth: int = ALPHA_DEPTH,
     temperature: float = 0.0,
     token_shift: int = 1,  # see unroll()
 ) -> Accuracy:

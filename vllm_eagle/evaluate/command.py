@@ -12,15 +12,13 @@ import torch
 from vllm_eagle.bench.offline import encode_prompts
 from vllm_eagle.config import TreeConfig
 from vllm_eagle.evaluate import calibration
-from vllm_eagle.evaluate.accuracy import measure_accuracy
+from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH, measure_accuracy
 from vllm_eagle.evaluate.simulate import Replay, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.train.build import load_head
 from vllm_eagle.train.medusa import MedusaHead
 from vllm_eagle.train.models import aux_layers
 from vllm_eagle.train.target import FrozenTarget
-
-DEPTH = 5  # alpha 0..4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +55,17 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         ValueError: target, head or prompts cannot be used.
     """
     trees = settings.trees()
+    if settings.limit is not None and settings.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {settings.limit}")
     if settings.max_tokens < 2 or settings.temperature < 0 or settings.batch < 1:
         raise ValueError("--max-tokens must be at least 2, --batch at least 1 and --temperature at least 0")
     target = FrozenTarget(settings.target, getattr(torch, settings.dtype), "cuda" if torch.cuda.is_available() else "cpu")
-    head = load_head(settings.head, target).to(target.device, target.dtype).eval()
+    head = load_head(settings.head, target).to(target.device).eval()
+    for parameter in head.parameters():  # not the buffers: rotary angles stay float32, as in vLLM
+        parameter.data = parameter.data.to(target.dtype)
+    depth = head.max_steps or ALPHA_DEPTH
     prompts = encode_prompts(settings.target, settings.prompts, settings.limit)
-    margin = max([DEPTH, *(config.depth_limit for config in trees.values())]) + 1
+    margin = max([ALPHA_DEPTH, *(config.depth_limit for config in trees.values())]) + 1
     longest = max(map(len, prompts)) + settings.max_tokens + margin
     if longest > target.config.max_position_embeddings:
         raise ValueError(
@@ -72,7 +75,7 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     texts = write_answers(target, prompts, settings.max_tokens, margin, settings.temperature, settings.seed, settings.batch)
     aux = aux_layers(head.config)
     batches = list(read_texts(target, texts, aux, settings.batch))
-    accuracy = measure_accuracy(target, head, batches, DEPTH, settings.temperature)
+    accuracy = measure_accuracy(target, head, batches, depth, settings.temperature)
     result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(text.num_answer for text in texts)} | accuracy.as_dict()
     if not isinstance(head, MedusaHead):  # whose tokens do not depend on each other: there is no tree of features to grow
         replays = {name: replay(head, batches, config, settings.temperature) for name, config in trees.items()}
@@ -137,7 +140,7 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
     result = evaluate(settings)
     print(f"{result['prompts']} prompts, {result['tokens']} tokens, T={settings.temperature:g}, {settings.dtype}, "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-    print(f"{'alpha':<20}" + "".join(f"{i:>8}" for i in range(DEPTH)))
+    print(f"{'alpha':<20}" + "".join(f"{i:>8}" for i in range(len(result["alpha_free_running"]))))
     for kind in ("teacher_forced", "free_running"):
         print(f"{kind.replace('_', '-'):<20}" + "".join(f"{alpha:>8.3f}" for alpha in result[f"alpha_{kind}"]))
     entropy, certainty = result["target_entropy_nats"], result["target_largest_probability"]

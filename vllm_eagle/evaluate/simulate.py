@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vllm_eagle.accept import accept
 from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level, NoiseAt, Request, grow
-from vllm_eagle.evaluate.texts import Read, Text
+from vllm_eagle.evaluate.texts import Read
 from vllm_eagle.noise import gumbel
 from vllm_eagle.train.layer import Memory
 from vllm_eagle.train.models import Head
@@ -64,11 +64,7 @@ class Replay:
 
 @torch.no_grad()
 def replay(head: Head, batches: Iterable[Read], config: TreeConfig, temperature: float = 0.0) -> Replay:
-    """Draft trees at every step of decoding all texts.
-
-    Raises:
-        ValueError: the head drafts no trees (Medusa).
-    """
+    """Draft trees at every step of decoding all texts. Not for Medusa heads, whose drafts do not depend on each other."""
     result = Replay()
     for read in batches:
         _Batch(head, read, config, temperature).run(result)
@@ -157,11 +153,3 @@ class _Levels(Memory):
         full = logits.new_full((*logits.shape[:-1], self._head.config.vocab_size), float("-inf"))
         full[..., ids] = logits
         return full
-
-
-def check_trees(head: Head, texts: Sequence[Text]) -> None:
-    """Refuse heads without trees, and nothing to draft on."""
-    if not texts:
-        raise ValueError("--prompts: no prompt left to draft on")
-    if not hasattr(head, "fc"):
-        raise ValueError("a Medusa head drafts no trees here; leave out --num-draft-tokens")

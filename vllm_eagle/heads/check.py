@@ -164,6 +164,8 @@ def _vocabulary_problems(head: Head) -> list[str]:
     targets = torch.arange(head.draft_vocab_size) + head.tensors["d2t"].long()
     if int(targets.min()) < 0 or int(targets.max()) >= head.vocab_size:
         return [f"d2t leads to tokens from {int(targets.min())} to {int(targets.max())} of a vocabulary of {head.vocab_size}"]
+    if head.draft_vocab_size == head.vocab_size and bool(head.tensors["d2t"].any()):
+        return ["d2t reorders a whole vocabulary, which no loader follows; get or train the head again"]
     if len(targets.unique()) != head.draft_vocab_size:
         return ["d2t leads two draft tokens to one target token; it must hold offsets, target id minus draft id"]
     mask = torch.zeros(head.vocab_size, dtype=torch.bool)

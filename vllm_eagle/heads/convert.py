@@ -85,7 +85,7 @@ def _attention_bias(head: Head, reader: str) -> bool:
     return head.has_bias("o")
 
 
-def _needed_maps(head: Head) -> dict[str, torch.Tensor]:
+def needed_tensors(head: Head) -> dict[str, torch.Tensor]:
     """The tensors, d2t and t2d dropped where the vocabulary is whole, and t2d made from d2t where it is missing."""
     tensors = dict(head.tensors)
     if head.draft_vocab_size == head.vocab_size:
@@ -112,7 +112,7 @@ def _to_vllm(head: Head, target: Target | None) -> tuple[dict[str, Any], dict[st
     }
     config |= {"target_hidden_size": head.target_hidden_size} if head.target_hidden_size != head.hidden_size else {}
     config |= {} if head.aux_layers is None else {AUX_LAYERS: list(head.aux_layers)}
-    return config, _needed_maps(head)
+    return config, needed_tensors(head)
 
 
 def _to_safeailab(head: Head, target: Target | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -141,7 +141,7 @@ def _to_safeailab(head: Head, target: Target | None) -> tuple[dict[str, Any], di
     config |= {"draft_vocab_size": head.draft_vocab_size}
     config |= {"target_hidden_size": head.target_hidden_size} if head.target_hidden_size != head.hidden_size else {}
     config |= {} if head.aux_layers is None else {AUX_LAYERS: list(head.aux_layers)}  # for other readers
-    return config, {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in _needed_maps(head).items()}
+    return config, {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in needed_tensors(head).items()}
 
 
 def _not_in_safeailabs_code(head: Head, target: Target | None) -> list[str]:
@@ -186,4 +186,4 @@ def _to_speculators(head: Head, target: Target | None) -> tuple[dict[str, Any], 
             "verifier": verifier,
         },
     }
-    return config | head.norms, _needed_maps(head)
+    return config | head.norms, needed_tensors(head)

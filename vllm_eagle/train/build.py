@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from vllm_eagle.heads import checkpoint
 from vllm_eagle.heads.check import Target, misfits, problems
+from vllm_eagle.heads.convert import needed_tensors
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, read_head
 from vllm_eagle.heads.formats import Head as CheckpointHead
 from vllm_eagle.train.data import Example
 from vllm_eagle.train.medusa import MedusaHead, medusa_settings
-from vllm_eagle.train.models import Eagle3Head, EagleHead, Head
+from vllm_eagle.train.models import Eagle3Head, EagleHead, Head, aux_layers
 from vllm_eagle.train.settings import TrainSettings
 from vllm_eagle.train.target import FrozenTarget, default_aux_layers, head_config
 from vllm_eagle.train.vocabulary import count_tokens, coverage, draft_vocabulary
@@ -30,7 +32,7 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     if settings.method == "eagle":
         return EagleHead(head_config(target.config), target.embed, target.lm_head), {}
     if settings.method == "medusa":
-        return MedusaHead(head_config(target.config), target.embed, target.lm_head, settings.weights.num_steps), {}
+        return MedusaHead(head_config(target.config), target.embed, target.lm_head, settings.loss.num_steps), {}
     num_layers = target.config.num_hidden_layers
     layers = list(settings.aux_layers or default_aux_layers(num_layers))
     if len(set(layers)) != 3 or not all(0 <= layer <= num_layers for layer in layers):
@@ -47,6 +49,26 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen])
     head.norm.weight.data.copy_(target.decoder.norm.weight.data)
     return head, {"aux_layers": layers, "draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
+
+
+def continued_head(target: FrozenTarget, settings: TrainSettings) -> tuple[Head, dict[str, Any]]:
+    """The head that `--init` names, to be trained further, and what the run card should say about it.
+
+    Raises:
+        ValueError: it is of another kind than the settings ask for, or cannot be read.
+    """
+    path = settings.init
+    assert path is not None
+    head = load_head(path, target)
+    kind = {EagleHead: "eagle", Eagle3Head: "eagle3", MedusaHead: "medusa"}[type(head)]
+    if kind != settings.method:
+        raise ValueError(f"--init {path} is a head of --method {kind}, not {settings.method}; change one of them")
+    if head.max_steps is not None and head.max_steps != settings.loss.num_steps:
+        raise ValueError(f"--init {path} has {head.max_steps} Medusa heads; give --unroll-steps {head.max_steps}")
+    facts: dict[str, Any] = {"init": str(path)}
+    if isinstance(head, Eagle3Head):
+        facts |= {"aux_layers": aux_layers(head.config), "draft_vocab": head.config.draft_vocab_size}
+    return head, facts
 
 
 def load_head(path: Path, target: FrozenTarget) -> Head:
@@ -77,27 +99,24 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
     head = _empty_like(found, known, target)
     if "embed_tokens.weight" in found.tensors:
         head.embed_tokens = torch.nn.Embedding(found.vocab_size, found.hidden_size).requires_grad_(False)
-    weights = dict(found.tensors)
+    weights = needed_tensors(found)
     if isinstance(head, Eagle3Head):
         weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in weights.items()}
-        if head.target_ids is not None and "t2d" not in weights:
-            ids = torch.arange(found.draft_vocab_size) + weights["d2t"].long()
-            weights["t2d"] = torch.zeros(found.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
-        if "lm_head.weight" not in weights:  # a whole vocabulary may leave it to the target
-            weights["lm_head.weight"] = target.lm_head.weight
+        weights.setdefault("lm_head.weight", target.lm_head.weight)  # a whole vocabulary may leave it to the target
     head.load_state_dict(weights)
     return head
 
 
 def is_medusa(path: Path) -> bool:
     """Whether the folder holds Medusa heads, by its config.json."""
-    file = path / "config.json"
-    return file.is_file() and '"model_type": "medusa"' in file.read_text()
+    return bool(checkpoint.read_config(path).get("model_type") == "medusa")
 
 
 def _load_medusa(path: Path, target: FrozenTarget) -> Head:
-    settings = json.loads((path / "config.json").read_text())
-    head = MedusaHead(head_config(target.config), target.embed, target.lm_head, settings["num_heads"])
+    num_heads = checkpoint.read_config(path).get("num_heads")
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"--head {path}: its config.json names no num_heads, so these are no Medusa heads that vLLM could load")
+    head = MedusaHead(head_config(target.config), target.embed, target.lm_head, num_heads)
     try:
         head.load_state_dict(load_file(path / "model.safetensors"))
     except (OSError, RuntimeError) as error:
@@ -131,14 +150,13 @@ def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> Non
     """Write config.json and model.safetensors; embedding and, in EAGLE-1, LM head stay the target's."""
     out.mkdir(parents=True, exist_ok=True)
     if isinstance(head, MedusaHead):
-        settings = medusa_settings(head.config, len(head.blocks))
+        settings = medusa_settings(head.config, len(head.blocks), str(dtype).removeprefix("torch."))
     else:
         settings = {k: v for k, v in head.config.to_dict().items() if k not in _NOT_OF_A_HEAD}
         settings |= {"dtype": str(dtype).removeprefix("torch.")}
     weights = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in head.state_dict().items()
-        if not name.startswith("rotary.")
     }
     (out / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))  # save_file makes it private
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

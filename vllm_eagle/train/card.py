@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_eagle.train.settings import TrainSettings
 
 PACKAGES = ("vllm-eagle", "torch", "transformers", "accelerate", "vllm")
@@ -20,12 +22,12 @@ class RunCard:
         self._settings = settings
         self.facts = facts
         self._head = {
-            "command": shlex.join(["vllm-eagle", *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": settings.as_dict(),
             "data_sha256": data_hash,
             "data": data,
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "device": f"{device} ({platform.processor() or platform.machine()})",
+            "device": f"{device} ({_device_name(device)})",
         }
 
     def write(self, out: Path, **result: Any) -> dict[str, Any]:
@@ -45,6 +47,10 @@ class RunCard:
             "tokens_per_s": round(num_tokens / seconds) if seconds else None,
         }
         return self.write(out, result=result | {"cost": cost})
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

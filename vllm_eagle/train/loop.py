@@ -6,7 +6,7 @@ loop; Ray Train would want a cluster for that. What a step does is a function of
 state that a checkpoint holds.
 """
 
-import json
+import hashlib
 import math
 import sys
 import time
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_eagle.train import checkpoint
+from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH
+from vllm_eagle.train import checkpoint, resume
 from vllm_eagle.train.batches import Batch, Batches
-from vllm_eagle.train.build import load_head, new_head, save_head
+from vllm_eagle.train.build import continued_head, new_head, save_head
 from vllm_eagle.train.cache import FeatureCache, stack
 from vllm_eagle.train.card import RunCard
 from vllm_eagle.train.curves import Curves
@@ -30,9 +31,8 @@ from vllm_eagle.train.objective import Objective, Outcome
 from vllm_eagle.train.report import DataReport
 from vllm_eagle.train.rows import check_files
 from vllm_eagle.train.settings import TrainSettings
-from vllm_eagle.train.target import Features, FrozenTarget
+from vllm_eagle.train.target import Features, FrozenTarget, load_tokenizer
 
-EVAL_STEPS = 5  # alpha 0..4, as the papers report it
 MOST_HELD_OUT = 256  # examples; more would cost time and say no more
 
 
@@ -42,7 +42,12 @@ def train(settings: TrainSettings, progress: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: settings, data or target cannot be used.
     """
-    return _Run(settings, progress).run()
+    run = _Run(settings, progress)
+    try:
+        return run.run()
+    finally:
+        if run.cache is not None:
+            run.cache.close()
 
 
 class _Run:
@@ -50,11 +55,10 @@ class _Run:
         # accelerate before anything else: it decides which device this process has.
         from accelerate import Accelerator
         from accelerate.utils import set_seed
-        from transformers import AutoTokenizer
 
         self.settings, out = settings, settings.out
         check_files(list(settings.data))
-        resume_from = _check_out(settings)
+        resume_from = resume.check_out(settings)
         precision = "bf16" if settings.dtype == "bfloat16" else "no"
         self.accelerator = Accelerator(
             mixed_precision=precision, cpu=not torch.cuda.is_available(), gradient_accumulation_steps=settings.accumulate
@@ -65,29 +69,32 @@ class _Run:
         for kind in (np.float32, np.float64):
             np.finfo(kind)  # numpy probes the types once, and would warn of flushed denormals
         torch.set_flush_denormal(True)
+        tokenizer = load_tokenizer(settings.target)
         self.target = FrozenTarget(settings.target, getattr(torch, settings.dtype), self.accelerator.device)
+        longest = getattr(self.target.config, "max_position_embeddings", settings.max_length)
+        if settings.max_length > longest:
+            raise ValueError(f"--max-length {settings.max_length}: the target was made for {longest} positions; lower it to that")
         report = DataReport()
-        tokenizer = AutoTokenizer.from_pretrained(settings.target)
         examples = load_examples(tokenizer, list(settings.data), settings.max_length, report, progress=self.progress)
-        self.train_examples, held_out = _split(examples, settings.holdout)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.train_examples, held_out = _split(examples, settings.holdout, world)
         self.batches = Batches(self.train_examples, settings.batch_tokens, settings.seed, rank, world)
         self.held_out = Batches(held_out, settings.batch_tokens, settings.seed, rank, world) if held_out else None
-        head, facts = new_head(self.target, settings, self.train_examples)
-        if settings.init is not None:
-            loaded = load_head(settings.init, self.target)
-            if type(loaded) is not type(head):
-                raise ValueError(f"--init {settings.init} is no head of --method {settings.method}; change one of them")
-            head = loaded
+        if settings.init is None:
+            head, facts = new_head(self.target, settings, self.train_examples)
+        else:
+            head, facts = continued_head(self.target, settings)
+        set_seed(settings.seed, device_specific=True)  # from here on every process draws noise of its own
         self.aux = aux_layers(head.config) if settings.method == "eagle3" else []
-        objective = Objective(head, self.target.lm_head, settings.weights)
+        objective = Objective(head, self.target.lm_head, settings.loss)
         optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.num_steps = settings.steps or math.ceil(settings.epochs * self.batches.num_batches() / settings.accumulate)
         data_hash = file_hash(settings.data)
-        self.cache = self._open_cache(data_hash, rank)
+        self.cache = self._open_cache(examples, rank)
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         if resume_from is not None:
+            resume.check_same(out, {"data_sha256": data_hash, "processes": world})
             position = checkpoint.load(self.accelerator, resume_from)
             self.step, self.num_tokens, self.seconds = position["step"], position["tokens"], position["seconds"]
         if self.is_main:
@@ -105,32 +112,30 @@ class _Run:
         stream = self._micro_batches()
         bar = self._bar()
         started, seconds_before, tokens_before = time.perf_counter(), self.seconds, self.num_tokens
-        losses, agreed, counted = 0.0, 0, 0
+        losses, agreed, counted, num_logged = 0.0, 0, 0, 0
         self.objective.train()
         while self.step < self.num_steps:
+            rate = self._rate()
             for group in self.optimizer.param_groups:
-                group["lr"] = self._rate()
-            for _ in range(settings.accumulate):
-                batch = next(stream)
-                outcome = self._learn(batch)
+                group["lr"] = rate
+            batches = [next(stream) for _ in range(settings.accumulate)]
+            for batch, share in zip(batches, self._shares(batches), strict=True):
+                outcome = self._learn(batch, share)
                 losses += outcome.loss.item() / settings.accumulate
                 agreed += int(outcome.num_agreed[0])
                 counted += int(outcome.num_positions[0])
                 self.num_tokens += int(batch.lengths.sum()) * self.accelerator.num_processes
             self.step += 1
+            num_logged += 1
             self.seconds = seconds_before + time.perf_counter() - started
             speed = (self.num_tokens - tokens_before) / (self.seconds - seconds_before)
             if bar is not None:
                 bar.update()
             if self.step % settings.log_every == 0 or self.step == self.num_steps:
-                num_logged = (self.step - 1) % settings.log_every + 1
-                values = {
-                    "loss": losses / num_logged,
-                    "alpha_0": agreed / max(1, counted),
-                    "lr": self._rate(),
-                    "tokens_per_s": speed,
-                }
-                losses, agreed, counted = 0.0, 0, 0
+                if not math.isfinite(losses):
+                    raise ValueError(f"the loss is {losses} at step {self.step}; lower --lr and start again")
+                values = {"loss": losses / num_logged, "alpha_0": agreed / max(1, counted), "lr": rate, "tokens_per_s": speed}
+                losses, agreed, counted, num_logged = 0.0, 0, 0, 0
                 if self.is_main:
                     self.curves.add(self.step, "train", values)
                 if bar is not None:
@@ -140,7 +145,6 @@ class _Run:
                 if self.is_main:
                     self.curves.add(self.step, "held_out", measured)
                     self.curves.draw()
-                    self.card.facts["held_out"] = measured
             # Logged sums are not part of a checkpoint, so it must fall on a step that logs.
             if self.step % _checkpoint_every(settings) == 0 or self.step == self.num_steps:
                 position = {"step": self.step, "tokens": self.num_tokens, "seconds": self.seconds}
@@ -149,10 +153,17 @@ class _Run:
             bar.close()
         return self._finish()
 
-    def _learn(self, batch: Batch) -> Outcome:
+    def _shares(self, batches: list[Batch]) -> list[float]:
+        """Weight of each batch's mean loss, so that every position of the step counts alike, whatever batch it is in."""
+        counts = torch.tensor([int(batch.loss_mask[:, 2:].sum()) for batch in batches], dtype=torch.float64)
+        total = self.accelerator.reduce(counts.sum().to(self.accelerator.device)).item()
+        parts = len(batches) * self.accelerator.num_processes  # accelerate and data parallelism average over these
+        return [float(count) * parts / max(1.0, total) for count in counts]
+
+    def _learn(self, batch: Batch, share: float) -> Outcome:
         with self.accelerator.accumulate(self.objective):
             outcome: Outcome = self.objective(*self._inputs(batch))
-            self.accelerator.backward(outcome.loss)
+            self.accelerator.backward(outcome.loss * share)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
             self.optimizer.step()
@@ -164,6 +175,8 @@ class _Run:
         per_epoch = self.batches.num_batches()
         epoch, start = divmod(self.step * self.settings.accumulate, per_epoch)
         while True:
+            if self.cache is not None:
+                self.cache.refresh()
             yield from self.batches.epoch(epoch, start=start)
             epoch, start = epoch + 1, 0
 
@@ -173,13 +186,14 @@ class _Run:
         if self.cache is None or not cached:
             return token_ids, loss_mask, self.target.features(token_ids, self.aux)
         known = [self.cache.get(key) for key in batch.keys]
-        if all(k is not None for k in known):
-            features = stack([k for k in known if k is not None], token_ids.shape[1])
-            return token_ids, loss_mask, Features(features.last.to(device), features.fused.to(device))
-        features = self.target.features(token_ids, self.aux)
-        for i, (key, length) in enumerate(zip(batch.keys, batch.lengths.tolist(), strict=True)):
-            self.cache.put(key, Features(features.last[i : i + 1], features.fused[i : i + 1]), length)
-        return token_ids, loss_mask, features
+        missing = [row for row, found in enumerate(known) if found is None]
+        if missing:
+            computed = self.target.features(token_ids[missing], self.aux)
+            for i, row in enumerate(missing):
+                known[row] = one = Features(computed.last[i : i + 1], computed.fused[i : i + 1])
+                self.cache.put(batch.keys[row], one, int(batch.lengths[row]))
+        width = token_ids.shape[1]
+        return token_ids, loss_mask, stack([Features(k.last.to(device), k.fused.to(device)) for k in known if k], width)
 
     @torch.no_grad()
     def _measure(self, batches: Batches) -> dict[str, float]:
@@ -187,14 +201,13 @@ class _Run:
         objective = self.accelerator.unwrap_model(self.objective)
         trained_with = objective.weights
         trained_steps = trained_with.num_steps
-        steps = trained_steps if self.settings.method == "medusa" else max(EVAL_STEPS, trained_steps)
+        steps = objective.head.max_steps or max(ALPHA_DEPTH, trained_steps)
         objective.eval()
         objective.weights = replace(trained_with, num_steps=steps)
         sums = torch.zeros(2, steps, dtype=torch.float64)
         loss, num_batches = 0.0, 0
         for batch in batches.epoch(0):
-            with self.accelerator.autocast():
-                outcome = objective(*self._inputs(batch, cached=False))
+            outcome = objective(*self._inputs(batch, cached=False))
             sums += torch.stack([outcome.num_agreed, outcome.num_positions]).double().cpu()
             loss, num_batches = loss + outcome.step_losses[:trained_steps].sum().item(), num_batches + 1
         objective.weights = trained_with
@@ -203,7 +216,7 @@ class _Run:
             torch.cat([sums.flatten(), torch.tensor([loss, num_batches]).double()]).to(self.accelerator.device)
         )
         agreed, counted = totals[:-2].view(2, steps).cpu()
-        alphas = {f"alpha_{i}": (agreed[i] / counted[i].clamp(min=1)).item() for i in range(min(EVAL_STEPS, steps))}
+        alphas = {f"alpha_{i}": (agreed[i] / counted[i].clamp(min=1)).item() for i in range(min(ALPHA_DEPTH, steps))}
         return {"loss": (totals[-2] / totals[-1].clamp(min=1)).item()} | alphas
 
     def _rate(self) -> float:
@@ -211,12 +224,16 @@ class _Run:
         warm = min(1.0, (self.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
         return self.settings.lr * warm * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
 
-    def _open_cache(self, data_hash: str, rank: int) -> FeatureCache | None:
+    def _open_cache(self, examples: list[Example], rank: int) -> FeatureCache | None:
         settings = self.settings
         if settings.cache_dir is None:
             return None
-        identity: dict[str, Any] = {"target": settings.target, "data": data_hash, "dtype": settings.dtype, "aux_layers": self.aux}
-        identity |= {"max_length": settings.max_length, "holdout": settings.holdout, "processes": self.accelerator.num_processes}
+        tokens = hashlib.sha256()
+        for example in examples:
+            tokens.update(example.token_ids.numpy().tobytes() + b"|")
+        files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(settings.target).glob("*.safetensors"))}
+        identity: dict[str, Any] = {"target": settings.target, "weights": files, "tokens": tokens.hexdigest()}
+        identity |= {"dtype": settings.dtype, "aux_layers": self.aux, "holdout": settings.holdout}
         limit = int(settings.cache_gb * 2**30) // self.accelerator.num_processes
         return FeatureCache(settings.cache_dir, limit, identity, rank)
 
@@ -233,6 +250,9 @@ class _Run:
             return {}
         save_head(self.accelerator.unwrap_model(self.objective).head, self.settings.out, getattr(torch, self.settings.dtype))
         self.curves.close()
+        held_out = [point for point in self.curves.points if point["kind"] == "held_out"]
+        if held_out:
+            self.card.facts["held_out"] = {k: v for k, v in held_out[-1].items() if k not in ("step", "kind")}
         return self.card.finish(self.settings.out, self.num_tokens, self.seconds)
 
 
@@ -240,34 +260,15 @@ def _checkpoint_every(settings: TrainSettings) -> int:
     return max(1, math.ceil(settings.checkpoint_every / settings.log_every)) * settings.log_every
 
 
-def _split(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+def _split(examples: list[Example], share: float, at_least: int) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples; every n-th is held out, so that all files and lengths take part."""
     if not share:
         return examples, []
     every = max(2, round(1 / share), math.ceil(len(examples) / MOST_HELD_OUT))
+    every = max(2, min(every, len(examples) // at_least))
     held_out = examples[every - 1 :: every]
-    if not held_out:
+    if len(held_out) < at_least:
         raise ValueError(
-            f"--holdout {share} of {len(examples)} examples is none; give more data, or --holdout 0 to validate on nothing"
+            f"--holdout {share} of {len(examples)} examples is too few for {at_least} processes; give more data, or --holdout 0"
         )
     return [e for i, e in enumerate(examples) if i % every != every - 1], held_out
-
-
-def _check_out(settings: TrainSettings) -> Path | None:
-    """The checkpoint to go on from; refuses to mix two runs in one folder."""
-    newest = checkpoint.newest(settings.out)
-    if not settings.resume:
-        # Other processes of this launch may have made the folder already; only a checkpoint or a head is a run.
-        if newest is not None or (settings.out / "model.safetensors").exists():
-            raise ValueError(f"--out {settings.out} holds a run already; add --resume to go on with it, or name another folder")
-        return None
-    if newest is None:
-        raise ValueError(f"--resume: {settings.out} holds no checkpoint; start without --resume")
-    before = json.loads((settings.out / "run_card.json").read_text())["settings"]
-    changed = [k for k, v in settings.fixed().items() if before.get(k) != json.loads(json.dumps(v))]
-    if changed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-        raise ValueError(
-            f"--resume: {flags} differ from the run in {settings.out}; resume with the same options, or start a new run"
-        )
-    return newest

@@ -36,6 +36,10 @@ class MedusaHead(Head):
             linear.weight.data.copy_(lm_head.weight.data)
         self.lm_heads = nn.ModuleList(own)
 
+    @property
+    def max_steps(self) -> int | None:
+        return len(self.blocks)
+
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         return features
 
@@ -53,7 +57,7 @@ class MedusaHead(Head):
         return self.lm_heads[step](ready)
 
 
-def medusa_settings(config: Any, num_heads: int) -> dict[str, Any]:
+def medusa_settings(config: Any, num_heads: int, dtype: str) -> dict[str, Any]:
     """config.json for vLLM."""
     return {
         "architectures": ["MedusaModel"],
@@ -63,5 +67,5 @@ def medusa_settings(config: Any, num_heads: int) -> dict[str, Any]:
         "num_heads": num_heads,
         "num_hidden_layers": 1,
         "medusa_fc_bias": False,
-        "dtype": "bfloat16",
+        "dtype": dtype,
     }

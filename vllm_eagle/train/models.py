@@ -33,6 +33,11 @@ class Head(nn.Module):
     def target_ids(self) -> torch.Tensor | None:
         return None
 
+    @property
+    def max_steps(self) -> int | None:
+        """How deep it can draft; None: as deep as one likes."""
+        return None
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[...] int64 -> [..., hidden]."""
         own = getattr(self, "embed_tokens", None)

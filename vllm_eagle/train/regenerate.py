@@ -20,6 +20,7 @@ from vllm_eagle.train.journal import Journal
 from vllm_eagle.train.report import DataReport
 from vllm_eagle.train.rewrite import Answer, Generate, Regenerator, Settings
 from vllm_eagle.train.rows import check_files
+from vllm_eagle.train.target import load_config, load_tokenizer
 
 OpenEngine = Callable[[Settings, int], AbstractContextManager[Generate]]  # settings, seed
 
@@ -59,13 +60,11 @@ def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine =
     Raises:
         ValueError: a file is missing, the target has no chat template or is too short, or OUT was made with other arguments.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     check_files(list(settings.data))
-    longest = AutoConfig.from_pretrained(settings.target).to_dict().get("max_position_embeddings")
+    longest = load_config(settings.target).to_dict().get("max_position_embeddings")
     if longest is not None and settings.max_model_len > longest:
         raise ValueError(f"--max-model-len is {settings.max_model_len}, but {settings.target} has only {longest} positions")
-    tokenizer = AutoTokenizer.from_pretrained(settings.target)
+    tokenizer = load_tokenizer(settings.target)
     if not tokenizer.chat_template:
         raise ValueError(f"{settings.target}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
     journal = Journal(settings.out, settings.arguments())

@@ -53,6 +53,7 @@ class Settings:
             "temperatures": list(self.temperatures),
             "max_tokens": self.max_tokens,
             "seed": self.seed,
+            "dtype": self.dtype,
         }
 
 

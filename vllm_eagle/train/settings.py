@@ -1,6 +1,6 @@
 """What `vllm-eagle train` can be told, checked before anything is loaded."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ class TrainSettings:
         data: files of dialogues or text.
         out: folder for head, checkpoints, curves and run card.
         method: kind of head.
-        weights: parts of the loss.
+        weights: parts of the loss; None for those of the method's paper (see `loss`).
         epochs: passes over the data, unless `steps` says where to stop.
         steps: optimizer steps; None for what the epochs give.
         batch_tokens: most tokens (padding included) per forward pass and process.
@@ -46,7 +46,7 @@ class TrainSettings:
     data: tuple[Path, ...]
     out: Path
     method: Method = "eagle"
-    weights: LossWeights = field(default_factory=LossWeights)
+    weights: LossWeights | None = None
     epochs: float = 10.0
     steps: int | None = None
     batch_tokens: int = 4096
@@ -57,7 +57,7 @@ class TrainSettings:
     grad_clip: float = 0.5
     draft_vocab: int = 32000
     aux_layers: tuple[int, ...] | None = None
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
     holdout: float = 0.01
     init: Path | None = None
@@ -77,6 +77,7 @@ class TrainSettings:
             "accumulate",
             "max_length",
             "lr",
+            "grad_clip",
             "draft_vocab",
             "log_every",
             "eval_every",
@@ -87,10 +88,20 @@ class TrainSettings:
                 raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"--steps must be positive, got {self.steps}")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"--holdout is a share of the examples, at least 0 and below 1; got {self.holdout}")
-        if self.weights.num_steps < 1:
-            raise ValueError(f"--unroll-steps must be at least 1, got {self.weights.num_steps}")
+        if self.warmup < 0:
+            raise ValueError(f"--warmup must not be negative, got {self.warmup}")
+        if not 0 <= self.holdout <= 0.5:
+            raise ValueError(f"--holdout is a share of the examples, from 0 to 0.5; got {self.holdout}")
+        loss = self.loss
+        if loss.num_steps < 1:
+            raise ValueError(f"--unroll-steps must be at least 1, got {loss.num_steps}")
+        for flag, value in (("--noise", loss.noise), ("--step-decay", loss.step_decay), *_loss_parts(loss)):
+            if value < 0:
+                raise ValueError(f"{flag} must not be negative, got {value}")
+        if not any(value for _, value in _loss_parts(loss)):
+            raise ValueError("--regression-weight and --classification-weight are both 0, so nothing would be learnt; raise one")
+        if self.init is not None and (self.aux_layers is not None or self.draft_vocab != 32000):
+            raise ValueError("--init brings its own --aux-layers and --draft-vocab; remove them")
         if self.aux_layers is not None and self.method != "eagle3":
             raise ValueError(f"--aux-layers is for --method eagle3, this is {self.method}; remove it")
         if self.aux_layers is not None and len(set(self.aux_layers)) != 3:
@@ -98,18 +109,26 @@ class TrainSettings:
         if bool(self.cache_dir) != (self.cache_gb > 0):
             raise ValueError("--cache-dir and --cache-gb belong together; give both, or neither to compute features on the fly")
 
+    @property
+    def loss(self) -> LossWeights:
+        """The weights that are used."""
+        return self.weights or DEFAULT_WEIGHTS[self.method]
+
     def as_dict(self) -> dict[str, Any]:
-        """For the run card; paths as text."""
-        return {k: [str(x) for x in v] if k == "data" else str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """For the run card; paths as text, parts of the loss by their flags."""
+        plain = {k: [str(x) for x in v] if k == "data" else str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        del plain["weights"]
+        names = {"num_steps": "unroll_steps", "regression": "regression_weight", "classification": "classification_weight"}
+        return plain | {names.get(k, k): v for k, v in asdict(self.loss).items()}
 
     def fixed(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
-        free = ("resume", "out", "log_every", "checkpoint_every", "price_per_hour", "cache_dir", "cache_gb")
+        free = ("resume", "out", "log_every", "eval_every", "checkpoint_every", "price_per_hour", "cache_dir", "cache_gb")
         return {k: v for k, v in self.as_dict().items() if k not in free}
 
-    def with_weights(self, **changes: Any) -> "TrainSettings":
-        """The same run with other loss weights."""
-        return replace(self, weights=replace(self.weights, **changes))
+
+def _loss_parts(loss: LossWeights) -> tuple[tuple[str, float], ...]:
+    return ("--regression-weight", loss.regression), ("--classification-weight", loss.classification)
 
 
 def _flag(name: str) -> str:

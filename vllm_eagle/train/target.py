@@ -25,22 +25,22 @@ class FrozenTarget:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.path = str(path)
+        self.config: Any = load_config(path)
+        check_config(self.config, self.path)
         try:
-            self.config: Any = AutoConfig.from_pretrained(path)
-            check_config(self.config, self.path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except (OSError, KeyError) as error:
-            raise ValueError(f"--target {path}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+            raise ValueError(f"target {path}: transformers cannot load it ({str(error).splitlines()[0]})") from None
         self.model = model.to(device).eval().requires_grad_(False)
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         lm_head = self.model.get_output_embeddings()
         if layers is None or lm_head is None:
             raise ValueError(
-                f"--target {path}: {type(model).__name__} has no list of decoder layers or no LM head to read features from"
+                f"target {path}: {type(model).__name__} has no list of decoder layers or no LM head to read features from"
             )
         self.decoder: Any = decoder
         self.layers: nn.ModuleList = layers
@@ -92,9 +92,37 @@ class FrozenTarget:
         theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
             raise ValueError(
-                f"--target {self.path}: {type(self.model).__name__} scales or caps its logits after the LM head, so a head cannot "
+                f"target {self.path}: {type(self.model).__name__} scales or caps its logits after the LM head, so a head cannot "
                 "learn them from features; targets like Llama, Qwen2, Qwen3 and Mistral work"
             )
+
+
+def load_config(path: str | Path) -> Any:
+    """The target's config, as transformers reads it.
+
+    Raises:
+        ValueError: there is none, or of an unknown kind.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {path}: transformers cannot read its config ({str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The target's tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {path}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from None
 
 
 def check_config(config: Any, path: str) -> None:
@@ -105,14 +133,20 @@ def check_config(config: Any, path: str) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"--target {path}: {config.model_type} is an encoder-decoder; EAGLE heads need a decoder such as Llama or Qwen3"
+            f"target {path}: {config.model_type} is an encoder-decoder; EAGLE heads need a decoder such as Llama or Qwen3"
         )
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
     missing = [name for name in needed if getattr(config, name, None) is None]
     if missing:
         raise ValueError(
-            f"--target {path}: the config of {config.model_type} lacks {', '.join(missing)}; "
+            f"target {path}: the config of {config.model_type} lacks {', '.join(missing)}; "
             "a head is one Llama layer of the target's shape, so targets like Llama, Qwen2, Qwen3 and Mistral work"
+        )
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or "rope_type" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"target {path}: {config.model_type} rotates only a part of each head, or has no single rotary embedding, which the "
+            "head's Llama layer cannot follow; targets like Llama, Qwen2, Qwen3 and Mistral work"
         )
 
 

@@ -49,8 +49,10 @@ class UnrolledMemory(Memory):
         if step == 0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         mask = unrolled_mask(query.shape[2], step, query.device)
-        keys, values = torch.cat(self._keys, 2), torch.cat(self._values, 2)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+        # On CUDA the memory-efficient kernel takes a mask but no grouped heads, the flash kernel groups but no mask.
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (torch.cat(x, 2).repeat_interleave(groups, 1) for x in (self._keys, self._values))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
 
 def unroll(
