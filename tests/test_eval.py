@@ -52,6 +52,9 @@ def test_tau_is_what_vllm_measures(tmp_path: Path, temperature: float) -> None:
         measured = tree_stats(llm)["tau"]
     found = result["trees"]["tree16"]
     assert found["tau"] == pytest.approx(measured, rel=0.03)
+    by_certainty = result["alpha_0_by_certainty"]
+    assert sum(c["share"] for c in by_certainty) == pytest.approx(1, abs=1e-3)
+    assert sum(c["share"] * c["alpha_0"] for c in by_certainty) == pytest.approx(result["alpha_teacher_forced"][0], abs=1e-3)
     assert found["tau"] > 2.5  # and not because nothing was accepted
     assert json.loads((tmp_path / "eval.json").read_text())["trees"]["tree16"]["tau"] == found["tau"]
     assert (tmp_path / "reliability.png").stat().st_size > 5_000

@@ -17,6 +17,7 @@ from vllm_eagle.train.target import FrozenTarget
 from vllm_eagle.train.unroll import unroll
 
 ALPHA_DEPTH = 5  # alpha 0..4, as the papers report it
+CERTAINTIES = (0.0, 0.5, 0.9)  # classes of the target's largest probability, each up to the next
 ROWS = 512  # rows of logits at a time
 
 
@@ -32,6 +33,9 @@ class Accuracy:
     entropy: float = 0.0  # nats, summed over positions
     certainty: float = 0.0  # the target's largest probability, summed
     positions: int = 0
+    # By how sure the target is: positions, and those where the first draft is right.
+    tries_by_certainty: list[int] = field(default_factory=lambda: [0] * len(CERTAINTIES))
+    hits_by_certainty: list[int] = field(default_factory=lambda: [0] * len(CERTAINTIES))
 
     def __post_init__(self) -> None:
         self.forced, self.forced_tries, self.free, self.free_tries = ([0] * self.depth for _ in range(4))
@@ -47,6 +51,16 @@ class Accuracy:
             f"tau_chain{self.depth}": round(1 + sum(self.free) / max(1, steps), 4),
             "target_entropy_nats": round(self.entropy / max(1, self.positions), 4),
             "target_largest_probability": round(self.certainty / max(1, self.positions), 4),
+            "alpha_0_by_certainty": [
+                {
+                    "likeliest": [low, high],
+                    "share": round(tries / max(1, self.positions), 4),
+                    "alpha_0": round(hits / max(1, tries), 4),
+                }
+                for low, high, tries, hits in zip(
+                    CERTAINTIES, (*CERTAINTIES[1:], 1.0), self.tries_by_certainty, self.hits_by_certainty, strict=True
+                )
+            ],
             "positions": self.forced_tries[0],
         }
 
@@ -66,7 +80,7 @@ def measure_accuracy(
         drafts = _drafts(head, read, depth, temperature, token_shift)
         for i, text in enumerate(read.texts):
             _count(total, text.token_ids, text.num_prompt, text.num_answer, [step[i] for step in drafts])
-        _count_uncertainty(total, target, read, temperature)
+        _count_uncertainty(total, target, read, drafts[0], temperature)
     return total
 
 
@@ -121,11 +135,20 @@ def _count(total: Accuracy, tokens: list[int], num_prompt: int, num_answer: int,
         at += accepted + 1
 
 
-def _count_uncertainty(total: Accuracy, target: FrozenTarget, read: Read, temperature: float) -> None:
+def _count_uncertainty(total: Accuracy, target: FrozenTarget, read: Read, first: torch.Tensor, temperature: float) -> None:
+    """How sure the target is of each token after the answer's first, and whether the chain's `first` node [batch, seq] is it."""
     for i, text in enumerate(read.texts):
-        features = read.features.last[i, text.num_prompt : text.num_prompt + text.num_answer - 1]
-        for some in features.split(ROWS):
+        start, end = text.num_prompt, text.num_prompt + text.num_answer - 1  # features whose next token is drafted
+        truth = torch.tensor(text.token_ids[start + 1 : end + 1])
+        hits = (first[i, start - 1 : end - 1] == truth).tolist()
+        certainty: list[float] = []
+        for some in read.features.last[i, start:end].split(ROWS):
             logs = (target.lm_head(some).float() / (temperature or 1.0)).log_softmax(-1)
             total.entropy += float(-(logs.exp() * logs).sum())
-            total.certainty += float(logs.amax(-1).exp().sum())
-            total.positions += len(some)
+            certainty += logs.amax(-1).exp().tolist()
+        total.certainty += sum(certainty)
+        total.positions += len(certainty)
+        for hit, value in zip(hits, certainty, strict=True):
+            place = sum(value > bound for bound in CERTAINTIES[1:])
+            total.tries_by_certainty[place] += 1
+            total.hits_by_certainty[place] += hit
