@@ -147,8 +147,8 @@ def test_reliability() -> None:
         (["--num-draft-tokens", "0"], "num_draft_tokens=0 is not possible"),
         (["--max-tokens", "4000"], "the target takes 2048"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--target", str(TARGET), "--head", "nowhere"], "--head nowhere"),
-        (["--target", str(TARGET), "--head", str(TARGET)], "weights missing"),
+        (["--target", str(TARGET), "--head", "nowhere"], "nowhere: no such folder"),
+        (["--target", str(TARGET), "--head", str(TARGET)], "no EAGLE head"),
     ],
 )
 def test_bad_options(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

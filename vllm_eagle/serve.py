@@ -33,7 +33,7 @@ def head_method(head: str | Path) -> Literal["eagle", "eagle3"]:
         raise ValueError(f"speculative model {head}: config.json is no JSON ({error}); repair or download it again") from None
     if not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
         raise ValueError(f"speculative model {head}: no weights (*.safetensors) beside config.json; download the head again")
-    names = " ".join(config.get("architectures") or [])
+    names = str(config.get("architectures") or "")
     is_eagle3 = "Eagle3" in names or any(
         key in config for key in ("draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_ids")
     )

@@ -1,4 +1,4 @@
-"""Draft accuracy per depth, alpha 0..4 (EAGLE-1, arXiv 2401.15077, section 4.1): chains, at T = 0 or coupled at T > 0.
+"""Draft accuracy per depth, alpha 0..4 (EAGLE-1, arXiv 2401.15077, section 4): chains, at T = 0 or coupled at T > 0.
 
 Teacher-forced: at every position of the answer the chain's tokens are the text's, its features the head's own; alpha n is how often
 the draft after n features of its own is what the target emits. Free-running: chains start where decoding would start one and end

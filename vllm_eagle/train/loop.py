@@ -6,6 +6,7 @@ loop; Ray Train would want a cluster for that. What a step does is a function of
 state that a checkpoint holds.
 """
 
+import functools
 import hashlib
 import math
 import sys
@@ -59,9 +60,12 @@ class _Run:
         self.settings, out = settings, settings.out
         check_files(list(settings.data))
         resume_from = resume.check_out(settings)
-        precision = "bf16" if settings.dtype == "bfloat16" else "no"
+        # Autocast is ours: accelerate's is a property of the process, and two runs in one process may differ.
         self.accelerator = Accelerator(
-            mixed_precision=precision, cpu=not torch.cuda.is_available(), gradient_accumulation_steps=settings.accumulate
+            mixed_precision="no", cpu=not torch.cuda.is_available(), gradient_accumulation_steps=settings.accumulate
+        )
+        self.autocast = functools.partial(
+            torch.autocast, self.accelerator.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"
         )
         self.is_main = self.accelerator.is_main_process
         self.progress = progress and self.is_main
@@ -162,7 +166,9 @@ class _Run:
 
     def _learn(self, batch: Batch, share: float) -> Outcome:
         with self.accelerator.accumulate(self.objective):
-            outcome: Outcome = self.objective(*self._inputs(batch))
+            inputs = self._inputs(batch)
+            with self.autocast():
+                outcome: Outcome = self.objective(*inputs)
             self.accelerator.backward(outcome.loss * share)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
@@ -207,7 +213,9 @@ class _Run:
         sums = torch.zeros(2, steps, dtype=torch.float64)
         loss, num_batches = 0.0, 0
         for batch in batches.epoch(0):
-            outcome = objective(*self._inputs(batch, cached=False))
+            inputs = self._inputs(batch, cached=False)
+            with self.autocast():
+                outcome = objective(*inputs)
             sums += torch.stack([outcome.num_agreed, outcome.num_positions]).double().cpu()
             loss, num_batches = loss + outcome.step_losses[:trained_steps].sum().item(), num_batches + 1
         objective.weights = trained_with
