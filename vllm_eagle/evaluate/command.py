@@ -148,7 +148,8 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
         "{share:.0%} at {likeliest[0]:g} to {likeliest[1]:g}: {alpha_0:.3f}".format(**found)
         for found in result["alpha_0_by_certainty"]
     )
-    print(f"target: {entropy:.2f} nats per token, its likeliest token has {certainty:.2f}; alpha_0 by that: {classes}")
+    print(f"target: {entropy:.2f} nats per token, its likeliest token has {certainty:.2f} on average")
+    print(f"alpha 0 by how likely that is: {classes}")
     for name, tree in result.get("trees", {}).items():
         print(f"{name:<20}tau {tree['tau']:.2f} ({tree['tau_by_confidence']:.2f} by the head's own confidence, "
               f"calibration error {tree['calibration']['error']:.3f})")  # fmt: skip
