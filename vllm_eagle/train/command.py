@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(run, "--steps", int, "optimizer steps, instead of epochs")
     _add(run, "--batch-tokens", int, "most tokens per forward pass and process")
     _add(run, "--accumulate", int, "forward passes per optimizer step")
-    _add(run, "--max-length", int, "tokens after which a dialogue is cut")
+    _add(run, "--max-length", int, "tokens after which a dialogue is cut, at most the target's positions")
     _add(run, "--holdout", float, "share of the dialogues kept for validation")
 
     head = parser.add_argument_group("head and loss")

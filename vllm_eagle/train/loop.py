@@ -75,11 +75,9 @@ class _Run:
         torch.set_flush_denormal(True)
         tokenizer = load_tokenizer(settings.target)
         self.target = FrozenTarget(settings.target, getattr(torch, settings.dtype), self.accelerator.device)
-        longest = getattr(self.target.config, "max_position_embeddings", settings.max_length)
-        if settings.max_length > longest:
-            raise ValueError(f"--max-length {settings.max_length}: the target was made for {longest} positions; lower it to that")
+        max_length = min(settings.max_length, getattr(self.target.config, "max_position_embeddings", settings.max_length))
         report = DataReport()
-        examples = load_examples(tokenizer, list(settings.data), settings.max_length, report, progress=self.progress)
+        examples = load_examples(tokenizer, list(settings.data), max_length, report, progress=self.progress)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.train_examples, held_out = _split(examples, settings.holdout, world)
         self.batches = Batches(self.train_examples, settings.batch_tokens, settings.seed, rank, world)

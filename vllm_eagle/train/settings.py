@@ -30,7 +30,7 @@ class TrainSettings:
         steps: optimizer steps; None for what the epochs give.
         batch_tokens: most tokens (padding included) per forward pass and process.
         accumulate: forward passes per optimizer step.
-        max_length: tokens after which a dialogue is cut.
+        max_length: tokens after which a dialogue is cut; capped at the positions that the target was made for.
         lr: highest learning rate; cosine decay to a hundredth after `warmup` steps.
         draft_vocab: size of EAGLE-3's draft vocabulary; capped at the target's.
         aux_layers: EAGLE-3's target layers, low to high; None for the authors' choice.
