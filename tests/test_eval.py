@@ -20,7 +20,7 @@ from vllm_eagle.evaluate.accuracy import Accuracy, _count
 from vllm_eagle.evaluate.command import EvalSettings, evaluate
 from vllm_eagle.evaluate.simulate import Replay, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
-from vllm_eagle.pair import HEAD, TARGET
+from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 from vllm_eagle.train.build import load_head
 from vllm_eagle.train.models import aux_layers
 from vllm_eagle.train.target import FrozenTarget
@@ -42,12 +42,12 @@ SETTINGS = EvalSettings(
 )
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tau_is_what_vllm_measures(tmp_path: Path, temperature: float) -> None:
-    result = evaluate(replace(SETTINGS, temperature=temperature, out=tmp_path))
+@pytest.mark.parametrize(("head", "temperature"), [(HEAD, 0.0), (HEAD, 1.0), (EAGLE3_HEAD, 0.0)])
+def test_tau_is_what_vllm_measures(tmp_path: Path, head: Path, temperature: float) -> None:
+    result = evaluate(replace(SETTINGS, head=head, temperature=temperature, out=tmp_path))
     prompts = encode_prompts(str(TARGET), None, SETTINGS.limit)
     params = [SamplingParams(temperature=temperature, seed=i, max_tokens=SETTINGS.max_tokens) for i in range(len(prompts))]
-    with engine(TARGET, **trees(HEAD)) as llm:
+    with engine(TARGET, **trees(head)) as llm:
         generate(llm, prompts, params)
         measured = tree_stats(llm)["tau"]
     found = result["trees"]["tree16"]
