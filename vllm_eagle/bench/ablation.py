@@ -17,7 +17,7 @@ import torch
 
 from vllm_eagle.bench.offline import encode_prompts
 from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH, measure_accuracy
-from vllm_eagle.evaluate.texts import read_texts, write_answers
+from vllm_eagle.evaluate.texts import Text, read_texts, write_answers
 from vllm_eagle.train.build import load_head
 from vllm_eagle.train.loop import train
 from vllm_eagle.train.models import aux_layers
@@ -45,18 +45,15 @@ VARIANTS: dict[str, tuple[str, Method, dict[str, Any]]] = {
 }
 
 
-def run_variant(name: str, base: TrainSettings, max_tokens: int) -> dict[str, Any]:
-    """Train one variant below `base.out` and measure it."""
+def run_variant(name: str, base: TrainSettings, target: FrozenTarget, answers: dict[float, list[Text]]) -> dict[str, Any]:
+    """Train one variant below `base.out` and measure it on the target's answers, by temperature."""
     _, method, changes = VARIANTS[name]
     weights = replace(DEFAULT_WEIGHTS[method], **changes)
     settings = replace(base, method=method, weights=weights, out=base.out / name)
     card = train(settings)
-    target = FrozenTarget(settings.target, torch.float32)
     head = load_head(settings.out, target).eval()
     result: dict[str, Any] = {"steps": settings.steps, "tokens": card["result"]["tokens"], "seconds": card["result"]["seconds"]}
-    prompts = encode_prompts(settings.target, None)
-    for temperature in (0.0, 1.0):
-        texts = write_answers(target, prompts, max_tokens, ALPHA_DEPTH + 1, temperature)
+    for temperature, texts in answers.items():
         batches = list(read_texts(target, texts, aux_layers(head.config)))
         result[f"T={temperature:g}"] = measure_accuracy(
             target, head, batches, ALPHA_DEPTH, temperature, weights.token_shift
@@ -101,11 +98,14 @@ def main() -> None:
         eval_every=args.steps,
         checkpoint_every=args.steps,
     )
+    target = FrozenTarget(args.target, torch.float32)
+    prompts = encode_prompts(args.target, None)
+    answers = {t: write_answers(target, prompts, args.max_tokens, ALPHA_DEPTH + 1, t) for t in (0.0, 1.0)}
     for name in args.only:
         if (args.out / f"{name}.json").exists():
             print(f"{name}: done before")
             continue
-        result = run_variant(name, base, args.max_tokens)
+        result = run_variant(name, base, target, answers)
         (args.out / f"{name}.json").write_text(json.dumps(result) + "\n")
     results = {name: json.loads(path.read_text()) for name in VARIANTS if (path := args.out / f"{name}.json").exists()}
     (args.out / "ablation.json").write_text(json.dumps(results) + "\n")

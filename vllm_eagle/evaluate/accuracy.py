@@ -88,13 +88,12 @@ def _drafts(
     head: Head, read: Read, depth: int, temperature: float, token_shift: int
 ) -> list[torch.Tensor]:  # depth times [batch, seq] int64
     """The chain's token at every row and depth; row t of depth i stands for token t + 2 + i."""
-    inputs = read.features.fused if read.features.fused.shape[-1] else read.features.last
     rows = torch.zeros_like(read.token_ids, dtype=torch.bool)
     for i, text in enumerate(read.texts):
         rows[i, text.num_prompt - 1 : text.num_prompt + text.num_answer - 1] = True
     where = rows.nonzero()
     drafts = []
-    for step, ready in enumerate(unroll(head, read.token_ids, inputs, depth, token_shift)):
+    for step, ready in enumerate(unroll(head, read.token_ids, read.features.inputs, depth, token_shift)):
         tokens = torch.zeros_like(read.token_ids)
         for some in where.split(ROWS):
             logits = head.logits(ready[some[:, 0], some[:, 1]], step).float()

@@ -74,11 +74,10 @@ def replay(head: Head, batches: Iterable[Read], config: TreeConfig, temperature:
 class _Batch:
     def __init__(self, head: Head, read: Read, config: TreeConfig, temperature: float):
         self._head, self._texts, self._config, self._temperature = head, read.texts, config, temperature
-        inputs = read.features.fused if read.features.fused.shape[-1] else read.features.last
         ids = F.pad(read.token_ids[:, 1:], (0, 1))
         self._trunk = UnrolledMemory()
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        self._hidden, self._ready = head(ids, head.fuse(inputs), positions, self._trunk)
+        self._hidden, self._ready = head(ids, head.fuse(read.features.inputs), positions, self._trunk)
 
     def run(self, result: Replay) -> None:
         roots = {i: text.num_prompt for i, text in enumerate(self._texts)}

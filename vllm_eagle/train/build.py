@@ -77,8 +77,9 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
     Raises:
         ValueError: no such head, a broken one, another target's, or a design that the modules here do not have.
     """
-    if is_medusa(path):
-        return _load_medusa(path, target)
+    config = checkpoint.read_config(path)
+    if config.get("model_type") == "medusa":
+        return _load_medusa(path, config, target)
     found = read_head(path)
     known = Target(
         path=Path(target.path),
@@ -107,13 +108,8 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
     return head
 
 
-def is_medusa(path: Path) -> bool:
-    """Whether the folder holds Medusa heads, by its config.json."""
-    return bool(checkpoint.read_config(path).get("model_type") == "medusa")
-
-
-def _load_medusa(path: Path, target: FrozenTarget) -> Head:
-    num_heads = checkpoint.read_config(path).get("num_heads")
+def _load_medusa(path: Path, config: dict[str, Any], target: FrozenTarget) -> Head:
+    num_heads = config.get("num_heads")
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"--head {path}: its config.json names no num_heads, so these are no Medusa heads that vLLM could load")
     head = MedusaHead(head_config(target.config), target.embed, target.lm_head, num_heads)

@@ -65,7 +65,7 @@ class Objective(nn.Module):
     ) -> Outcome:
         """A batch without any position to learn from gives a loss of 0."""
         weights = self.weights
-        inputs = features.fused if features.fused.shape[-1] else features.last
+        inputs = features.inputs
         if self.training and weights.noise:
             inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * weights.noise
         # Feature t' gives the distribution of token t' + 1. It is drafted when t' >= 1: token 1 comes from the target.

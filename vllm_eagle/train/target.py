@@ -16,6 +16,11 @@ class Features:
     last: torch.Tensor  # [batch, seq, hidden], the vectors before the LM head (after the final norm)
     fused: torch.Tensor  # [batch, seq, hidden * aux layers], inputs of the aux layers side by side; empty without aux layers
 
+    @property
+    def inputs(self) -> torch.Tensor:
+        """What the head reads: EAGLE-3 the fused features, all others the last."""
+        return self.fused if self.fused.shape[-1] else self.last
+
 
 class FrozenTarget:
     """A decoder from transformers, in evaluation mode and without gradients.
