@@ -12,18 +12,21 @@ from vllm import SamplingParams
 from tests import heads
 from tests.engines import engine, generate, tokens, tree_stats, trees
 from tests.models import random_eagle3_head
+from tests.test_train import ChainMemory
 from vllm_eagle.bench.offline import encode_prompts
 from vllm_eagle.cli import main
 from vllm_eagle.config import TreeConfig
+from vllm_eagle.draft import Level
 from vllm_eagle.evaluate import calibration
 from vllm_eagle.evaluate.accuracy import Accuracy, _count
 from vllm_eagle.evaluate.command import EvalSettings, evaluate
-from vllm_eagle.evaluate.simulate import Replay, replay
+from vllm_eagle.evaluate.simulate import Replay, _Levels, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 from vllm_eagle.train.build import load_head
 from vllm_eagle.train.models import aux_layers
 from vllm_eagle.train.target import FrozenTarget
+from vllm_eagle.train.unroll import UnrolledMemory
 from vllm_eagle.tree import DraftTree
 
 SETTINGS = EvalSettings(
@@ -80,6 +83,25 @@ def test_random_heads_accept_as_often_as_in_vllm(random_models: dict[str, Path],
     found = replay(head, read_texts(target, texts, aux_layers(head.config)), TreeConfig(16), temperature=1.0)
     assert found.num_accepted > 5
     assert found.tau == pytest.approx(measured["tau"], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_nodes_of_a_tree_are_chains_run_one_by_one(random_models: dict[str, Path], kind: str) -> None:
+    """Positions, ancestors and parents: root row 6, two children, a child of the second."""
+    target = FrozenTarget(random_models["target"], torch.float32)
+    head = load_head(random_models[kind], target).eval()
+    token_ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(12))
+    inputs = target.features(token_ids, aux_layers(head.config)).inputs
+    places, trunk, chain = torch.arange(11)[None], UnrolledMemory(), ChainMemory()
+    with torch.no_grad():
+        hidden, _ = head(token_ids[:, 1:], head.fuse(inputs[:, :11]), places, trunk)
+        levels = _Levels(head, *trunk.first, torch.tensor([6]), hidden[:, 6])
+        first = levels(Level(1, torch.tensor([[9, 4]]), torch.tensor([[0, 0]]), torch.eye(2, dtype=torch.bool)[None]))
+        second = levels(Level(2, torch.tensor([[33]]), torch.tensor([[1]]), torch.tensor([[[False, True, True]]])))
+        hidden, _ = head(token_ids[:, 1:8], head.fuse(inputs[:, :7]), places[:, :7], chain)
+        for token, position, found in ((4, 7, first[0, 1]), (33, 8, second[0, 0])):
+            hidden, ready = head(torch.tensor([[token]]), hidden[:, -1:], torch.tensor([[position]]), chain)
+            torch.testing.assert_close(found, levels.logits(ready)[0, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_heads_of_other_formats_are_read(random_models: dict[str, Path], tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_mask_of_unrolled_steps_is_the_drawn_one() -> None:
     assert unrolled_mask(3, 0).tolist() == [row[:3] for row in expected]
 
 
-class _ChainMemory(Memory):
+class ChainMemory(Memory):
     """The obvious way: all rows so far of one chain, the new ones see every earlier one and themselves."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ def test_unrolled_rows_are_chains_drafted_one_by_one(target: FrozenTarget, metho
     with torch.no_grad():
         together = list(unroll(head, token_ids, inputs, 4))
         for row in (0, 3, 7):
-            memory = _ChainMemory()
+            memory = ChainMemory()
             places = torch.arange(row + 1)[None]
             hidden, ready = head(token_ids[:, 1 : row + 2], head.fuse(inputs[:, : row + 1]), places, memory)
             for step in range(4):
