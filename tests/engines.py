@@ -1,5 +1,6 @@
 """Run vLLM in this process, with and without trees, and compare."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,21 @@ ENGINE = {
 
 @contextmanager
 def engine(model: Path, **changes: Any) -> Iterator[LLM]:
-    """An in-process engine, shut down at the end so that the next one starts clean."""
-    llm = LLM(str(model), **(ENGINE | changes))
+    """An in-process engine, shut down at the end so that the next one starts clean.
+
+    Layers of an earlier engine must not be collected while this one runs: vLLM's CPU matmul handlers call torch when they are
+    freed, which breaks a compilation that is being traced just then, or the process.
+    """
+    gc.collect()
+    gc.disable()
     try:
-        yield llm
+        llm = LLM(str(model), **(ENGINE | changes))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        gc.enable()
 
 
 def trees(head: Path, num_draft_tokens: int = 16, **options: Any) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_grown_trees_keep_their_promises(seed: int, num_draft_tokens: int, mode:
     requests = [
         Request(9, num_draft_tokens),
         Request(9, 0),
-        Request(9, num_draft_tokens, chain_only=True),
+        Request(9, num_draft_tokens, topk=1),
         Request(9, 1),
     ]
     head = TableHead(len(requests), seed)

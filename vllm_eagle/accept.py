@@ -39,6 +39,12 @@ class Walk:
         else:
             self.path.append(child)
 
+    def stop(self) -> None:
+        """End after the last emitted token, although a child carries it: it counts as the bonus token."""
+        if not self.done:
+            self.path.pop()
+            self.done = True
+
 
 def accept(tree: DraftTree, target_ids: Sequence[int]) -> Walk:
     """Walk one tree when a token was sampled after every node: target_ids [num_nodes]."""

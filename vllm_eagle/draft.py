@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_eagle.config import TreeConfig
+from vllm_eagle.config import MAX_DRAFT_TOKENS, TreeConfig
 from vllm_eagle.tree import DraftTree
 
 NEVER = float("-inf")
@@ -43,7 +43,8 @@ class Request:
     root_token_id: int
     num_draft_tokens: int  # most nodes besides the root; 0 drafts nothing
     temperature: float = 0.0  # 0 is greedy
-    chain_only: bool = False  # one child per node, e.g. because a grammar advances along a chain
+    max_depth: int = MAX_DRAFT_TOKENS  # most levels; the engine's own limit holds, too
+    topk: int = MAX_DRAFT_TOKENS  # most children per node, likewise; 1 drafts a chain
 
 
 RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, vocab] after each node of the level
@@ -65,7 +66,7 @@ def grow(
     logits = root_logits[:, None]
     for depth in range(1, config.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
-        pool.add(tokens, confidences, frontier.allowed(depth, confidences))
+        pool.add(tokens, confidences, frontier.allowed(depth, confidences) & (pool.max_depths >= depth)[:, None, None])
         if depth == config.depth_limit:
             break
         chosen = frontier.choose(depth)
@@ -108,7 +109,8 @@ class _Pool:
         self.requests = requests
         self.budgets = torch.tensor([min(r.num_draft_tokens, config.num_draft_tokens) for r in requests], device=device)
         self.max_budget = int(self.budgets.max()) if num_reqs else 0
-        self._chain_only = torch.tensor([r.chain_only for r in requests], device=device)
+        self.max_depths = torch.tensor([r.max_depth for r in requests], device=device)
+        self._topks = torch.tensor([r.topk for r in requests], device=device)
         self.tokens = torch.empty(num_reqs, 0, dtype=torch.long, device=device)
         self.scores = torch.empty(num_reqs, 0, device=device)
         self.parents = torch.empty(num_reqs, 0, dtype=torch.long, device=device)  # place in the pool, -1 is the root
@@ -122,7 +124,7 @@ class _Pool:
     def add(self, tokens: torch.Tensor, confidences: torch.Tensor, allowed: torch.Tensor) -> None:
         """Add the children of the rows that ran last: tokens, log confidences and allowed, [num_reqs, width, children]."""
         num_reqs, _width, children = tokens.shape
-        allowed = allowed & ~(self._chain_only[:, None, None] & (torch.arange(children, device=tokens.device) > 0))
+        allowed = allowed & (torch.arange(children, device=tokens.device) < self._topks[:, None, None])
         scores = (self._row_scores[:, :, None] + confidences.clamp(max=0)).masked_fill(~allowed, NEVER)
         # A head that yields NaN drafts nothing there; the target's tokens do not depend on it.
         scores = scores.nan_to_num(nan=NEVER, neginf=NEVER)
@@ -186,6 +188,7 @@ class _BestFrontier:
 
     def choose(self, depth: int) -> torch.Tensor | None:
         newest = self._pool.scores[:, self._pool.level_start :]
+        newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
         scores, places = newest.topk(min(self._width, newest.shape[1]), dim=1)
         hopeful = (scores > self._pool.nth_best()[:, None]).sum(1).max().item()
         return places[:, : int(hopeful)] if hopeful else None

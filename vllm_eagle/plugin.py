@@ -3,7 +3,7 @@
 Two marked wraps, which touch nothing unless draft trees are asked for with `additional_config["vllm_eagle"]`:
 - `EngineArgs.create_engine_config` completes the speculative configuration and names our worker;
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
-  the scorer runs vLLM's sampler as plain decoding does, so both are exact.
+  the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
 
 And one model class is added to vLLM's registry, for converted heads that ask for it by name: engine/biased_head.py.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 from vllm_eagle.config import CONFIG_KEY
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE
-from vllm_eagle.serve import CPU_WORKER, speculative_settings
+from vllm_eagle.per_request import RequestOptions
+from vllm_eagle.serve import CPU_WORKER, SCHEDULER, speculative_settings
 
 _MARK = "_vllm_eagle_wraps"
 
@@ -74,7 +75,10 @@ def _ask_for_trees(args: Any) -> None:
     if args.async_scheduling:
         raise ValueError("async_scheduling=true contradicts draft trees; remove it")
     args.speculative_config = speculative_settings(settings, options)
+    if args.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(f"scheduler_cls={args.scheduler_cls} contradicts draft trees, which need their own scheduler; remove it")
     args.worker_cls = CPU_WORKER
+    args.scheduler_cls = SCHEDULER
     args.async_scheduling = False
 
 
@@ -86,5 +90,7 @@ def is_tree_mode(speculative_config: Any) -> bool:
 
 
 def _unless_trees(original: Callable[..., Any], self: Any, speculative_config: Any) -> None:
-    if not is_tree_mode(speculative_config):
+    if is_tree_mode(speculative_config):
+        RequestOptions.from_extra_args(self.extra_args, speculative_config.num_speculative_tokens)
+    else:
         original(self, speculative_config)

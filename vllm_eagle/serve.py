@@ -8,6 +8,7 @@ from typing import Any, Literal
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 
 CPU_WORKER = "vllm_eagle.engine.worker.EagleTreeCPUWorker"
+SCHEDULER = "vllm_eagle.engine.scheduler.EagleTreeScheduler"
 DEFAULT_DRAFT_TOKENS = 16
 
 
@@ -97,6 +98,7 @@ def engine_args(
     return {
         "speculative_config": settings,
         "worker_cls": CPU_WORKER,
+        "scheduler_cls": SCHEDULER,
         "async_scheduling": False,
         "additional_config": {CONFIG_KEY: options},
     }

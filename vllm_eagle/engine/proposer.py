@@ -18,6 +18,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm_eagle.attention.cpu import DraftLevels
 from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.engine.grammar import DraftConstraints
 from vllm_eagle.noise import gumbel, peek_seeds
 from vllm_eagle.tree import DraftTree
 
@@ -31,12 +32,14 @@ class EagleTreeProposer(EagleProposer):
         device: torch.device,
         config: TreeConfig,
         requests_to_draft: Callable[[int], dict[int, Request]],  # most draft tokens -> requests by row in the batch
+        constraints: Callable[[list[int]], DraftConstraints],  # of the requests at these rows in the batch
         keep: Callable[[dict[int, DraftTree]], None],
         paths: Callable[[], Sequence[Sequence[int]]],  # accepted nodes per request of this step, root left out
     ):
         super().__init__(vllm_config, device)
         self._config = config
         self._requests_to_draft = requests_to_draft
+        self._constraints = constraints
         self._keep = keep
         self._paths = paths
         self.most_level_rows = config.level_width * config.depth_limit
@@ -91,10 +94,11 @@ class EagleTreeProposer(EagleProposer):
             rows = last_rows[chosen]
             level_pass = _LevelPass(self, common_attn_metadata, chosen, hidden[rows], self.positions[rows])
             filters = _Filters(sampling_metadata, chosen)
+            constraints = self._constraints(list(requests))
             trees = grow(
                 list(requests.values()),
-                filters(self.model.compute_logits(last_hidden[rows])),
-                lambda level: filters(level_pass(level)),
+                filters(constraints.root(self.model.compute_logits(last_hidden[rows]))),
+                lambda level: filters(constraints.level(level, level_pass(level))),
                 self._config,
                 self._noise(requests, sampling_metadata) if self._config.coupled else None,
             )

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import PIN_MEMORY
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -29,13 +29,15 @@ from vllm_eagle import compact
 from vllm_eagle.accept import Walk
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.draft import Request
+from vllm_eagle.engine.grammar import TreeGrammars
 from vllm_eagle.engine.proposer import EagleTreeProposer
 from vllm_eagle.engine.scorer import PADDING, EagleTreeScorer
 from vllm_eagle.metrics import TreeMetrics, TreeTrace
+from vllm_eagle.per_request import RequestOptions
 from vllm_eagle.tree import DraftTree
 from vllm_eagle.verify import TreeBatch, lay_out
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 _GREEDY_BELOW = 1e-5  # temperatures that vLLM treats as greedy
 
@@ -43,24 +45,28 @@ _GREEDY_BELOW = 1e-5  # temperatures that vLLM treats as greedy
 class EagleTreeCPUModelRunner(CPUModelRunner):
     """vLLM's CPU model runner, verifying trees."""
 
-    def init_trees(self) -> None:
+    def init_trees(self, metrics: TreeMetrics) -> None:
         """Replace drafter, scorer and logits processors; the rest of the runner is as vLLM built it."""
         spec = self.speculative_config
         self.tree_config = TreeConfig.from_options(
             spec.num_speculative_tokens, self.vllm_config.additional_config.get(CONFIG_KEY, {})
         )
-        self.tree_metrics = TreeMetrics()
+        self.tree_metrics = metrics
         self.tree_trace = TreeTrace()
         self._stored: dict[str, DraftTree] = {}  # drafted in the last step, by request id
         self._scheduled: list[DraftTree] = []  # of this step, by row in the batch
         self._tree_batch: TreeBatch | None = None  # those of them that branch
         self._walks: list[Walk] = []
+        self._grammar_output: GrammarOutput | None = None  # of this step: what the scheduler's grammars allow
+        self._grammars = TreeGrammars(self.vllm_config)
+        self._options: dict[str, RequestOptions] = {}  # by request id
         self.scorer = EagleTreeScorer(self.sampler)
         self.drafter = EagleTreeProposer(
             self.vllm_config,
             self.device,
             self.tree_config,
             requests_to_draft=self._requests_to_draft,
+            constraints=lambda rows: self._grammars.constraints([self.input_batch.req_ids[row] for row in rows]),
             keep=self._keep_trees,
             paths=lambda: [walk.path for walk in self._walks],
         )
@@ -88,11 +94,13 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
     def _keep_trees(self, trees: dict[int, DraftTree]) -> None:
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
-            self.tree_metrics.num_drafted += tree.num_nodes - 1
+            self.tree_metrics.add("num_drafted", tree.num_nodes - 1)
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._stored.pop(req_id, None)
+        self._options.pop(req_id, None)
+        self._grammars.forget(req_id)
 
     def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
         # vLLM stops drafting for the whole batch when one request nears the model's length; we stop per request.
@@ -102,6 +110,9 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        for req_id in self.input_batch.req_ids:
+            if req_id not in self._options:
+                self._welcome(req_id)
         ends = np.cumsum(num_scheduled_tokens)
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         self._scheduled = [self._scheduled_tree(req_id, scheduled.get(req_id, [])) for req_id in self.input_batch.req_ids]
@@ -121,6 +132,11 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             self.positions[rows] = torch.from_numpy(self._tree_batch.positions).to(self.positions.dtype)
         self._own_noise_streams()
         return prepared
+
+    def _welcome(self, req_id: str) -> None:
+        state = self.requests[req_id]
+        self._options[req_id] = RequestOptions.from_extra_args(state.sampling_params.extra_args)
+        self._grammars.start(req_id, state)
 
     def _scheduled_tree(self, req_id: str, token_ids: list[int]) -> DraftTree:
         """The tree behind the draft tokens that the scheduler scheduled for a request."""
@@ -157,31 +173,48 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                     attached.add(id(group_metadata))
         return metadata, common
 
+    @torch.inference_mode()
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, timed."""
+        with self.tree_metrics.timed("verify"):
+            return super().execute_model(*args, **kwargs)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """As vLLM's, but grammars are applied node by node in `_sample` instead of to all rows at once."""
+        self._grammar_output = grammar_output
+        return super().sample_tokens(None)
+
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         num_reqs = self.input_batch.num_reqs
         discarded = set(np.flatnonzero(self.discard_request_mask.np[:num_reqs]).tolist())
-        output, self._walks = self.scorer.score(
-            logits,
-            self._scheduled,
-            self.input_batch.sampling_metadata,
-            [self.requests[req_id].output_token_ids for req_id in self.input_batch.req_ids],
-            discarded,
-        )
+        with self.tree_metrics.timed("accept"):
+            output, self._walks = self.scorer.score(
+                logits,
+                self._scheduled,
+                self.input_batch.sampling_metadata,
+                [self.requests[req_id].output_token_ids for req_id in self.input_batch.req_ids],
+                discarded,
+                self._grammars.masks(self.input_batch.req_ids, [tree.num_nodes for tree in self._scheduled], self._grammar_output),
+            )
         self._count(discarded)
         return output
 
     def _count(self, discarded: set[int]) -> None:
-        self.tree_metrics.num_passes += 1
+        num_reqs = len(self._walks)
+        self.tree_metrics.add("num_passes")
+        self.tree_metrics.counts["num_requests"] = num_reqs
         for row, walk in enumerate(self._walks):
             if walk.tree.num_nodes > 1 and row not in discarded:
-                self.tree_metrics.count(walk.tree.num_nodes - 1, len(walk.path))
+                self.tree_metrics.count_verification(walk.tree.num_nodes - 1, len(walk.path), num_reqs)
                 self.tree_trace.record(self.input_batch.req_ids[row], walk)
         self.tree_trace.end_step()
 
     def _update_states_after_model_execute(self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput) -> None:
         super()._update_states_after_model_execute(output_token_ids, scheduler_output)
         if self._tree_batch is not None:
-            self._compact(self._tree_batch)
+            with self.tree_metrics.timed("compact"):
+                self._compact(self._tree_batch)
             self._tree_batch = None
 
     def _compact(self, batch: TreeBatch) -> None:
@@ -205,7 +238,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                     torch.from_numpy(compact.slots(block_table, rows, x, block_size)) for x in (sources, targets)
                 )
                 layer.impl.move_slots(layer, kv_cache, from_slots, to_slots)
-        self.tree_metrics.num_moved += len(index)
+        self.tree_metrics.add("num_moved", len(index))
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         # For requests whose prompt is not complete vLLM rewinds the generator by one draw, which CPU generators cannot do. The
@@ -218,27 +251,63 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         finally:
             generators.update(hidden)
 
+    def propose_draft_token_ids(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; if drafting fails, speculation is switched off and decoding goes on without it.
+
+        Nothing that is emitted depends on drafting, so this is exact. With tensor parallelism one rank cannot stop alone, while the
+        others wait for it: the error ends the engine there, as vLLM's own errors do.
+        """
+        if self.tree_metrics.counts["speculation_off"]:
+            self.tree_metrics.count_decision("failed", len(self.input_batch.req_ids))
+            return [[] for _ in self.input_batch.req_ids]
+        try:
+            with self.tree_metrics.timed("draft"):
+                return super().propose_draft_token_ids(*args, **kwargs)
+        except Exception:
+            if self.parallel_config.tensor_parallel_size > 1:
+                raise
+            logger.exception(
+                "Drafting failed. Speculation is off until the server is started anew; answers go on, exact, one token per pass."
+            )
+            self.tree_metrics.add("num_drafting_errors")
+            self.tree_metrics.counts["speculation_off"] = 1
+            self._stored.clear()
+            return [[] for _ in self.input_batch.req_ids]
+
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
-        batch = self.input_batch
         requests: dict[int, Request] = {}
         most_requests = self.max_num_tokens // self.tree_config.level_width  # a level must fit vLLM's input buffers
-        for row, req_id in enumerate(batch.req_ids):
-            if len(requests) == most_requests:
-                break
+        for row, req_id in enumerate(self.input_batch.req_ids):
             if self.discard_request_mask.np[row]:
                 continue
-            state = self.requests[req_id]
-            params = state.sampling_params
-            num_tokens = int(batch.num_tokens_no_spec[row])
-            remaining = params.max_tokens - len(state.output_token_ids) if params.max_tokens is not None else self.max_model_len
-            # The last token of a request needs no draft, and slots end at the model's length.
-            room = min(most_draft_tokens if remaining > 1 else 0, self.max_model_len - num_tokens)
-            if room > 0:
+            options = self._options[req_id]
+            room = self._room(row, most_draft_tokens)
+            if options.num_draft_tokens == 0:
+                self.tree_metrics.count_decision("switched_off")
+            elif room <= 0:
+                self.tree_metrics.count_decision("no_room")
+            elif len(requests) == most_requests:
+                self.tree_metrics.count_decision("buffer_full")
+            elif not self._grammars.ready(req_id):
+                self.tree_metrics.count_decision("grammar")
+            else:
+                self.tree_metrics.count_decision("tree")
+                params = self.requests[req_id].sampling_params
+                num_tokens = int(self.input_batch.num_tokens_no_spec[row])
                 requests[row] = Request(
-                    root_token_id=int(batch.token_ids_cpu[row, num_tokens - 1]),
-                    num_draft_tokens=room,
+                    root_token_id=int(self.input_batch.token_ids_cpu[row, num_tokens - 1]),
+                    num_draft_tokens=min(room, options.num_draft_tokens),
                     temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
-                    chain_only=params.structured_outputs is not None,  # vLLM advances a grammar along a chain
+                    max_depth=options.max_depth,
+                    topk=1 if self._grammars.drafts_chain(req_id) else options.topk,
                 )
         return requests
+
+    def _room(self, row: int, most_draft_tokens: int) -> int:
+        """How many draft tokens a request can use: its last token needs none, and slots end at the model's length."""
+        state = self.requests[self.input_batch.req_ids[row]]
+        most_tokens = state.sampling_params.max_tokens
+        if most_tokens is not None and most_tokens - len(state.output_token_ids) <= 1:
+            return 0
+        return min(most_draft_tokens, self.max_model_len - int(self.input_batch.num_tokens_no_spec[row]))

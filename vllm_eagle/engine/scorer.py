@@ -6,7 +6,7 @@ metadata, penalties over the output so far, logits processors, and the next nois
 approximated or handled twice, so whatever the sampler knows is exact under trees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_eagle.accept import Walk
+from vllm_eagle.engine.grammar import MaskAfter, apply_masks
 from vllm_eagle.tree import DraftTree
 
 PADDING = -1  # what vLLM ignores in a row of sampled tokens
@@ -33,8 +34,11 @@ class EagleTreeScorer:
         metadata: SamplingMetadata,
         outputs: Sequence[list[int]],  # output tokens per request, the lists that logits processors hold on to
         discarded: set[int],  # requests whose prompt is not complete: their sample is thrown away, so no noise is used
+        grammars: Mapping[int, MaskAfter],  # of the constrained requests
     ) -> tuple[SamplerOutput, list[Walk]]:
         """Walk all trees.
+
+        A grammar is asked for a node once `outputs` holds the tokens up to it; where it does not know, the walk ends there.
 
         Returns:
             sampled_token_ids [num_reqs, longest walk] int32, padded with -1, and logprobs of the same rows if asked for;
@@ -45,11 +49,12 @@ class EagleTreeScorer:
         sampled: list[torch.Tensor] = []
         logprobs: list[LogprobsTensors] = []
         walking = set(range(len(walks)))
+        masks = {i: mask for i, mask_after in grammars.items() if (mask := mask_after(0)) is not None}
         while walking:
             rows = first_rows + torch.tensor([walk.node for walk in walks])
             generators = {i: g for i, g in metadata.generators.items() if i in walking and i not in discarded}
             out = self._sampler(
-                logits=logits[rows.to(logits.device)],
+                logits=apply_masks(logits[rows.to(logits.device)], masks),
                 # Drafted tokens are no business of the sampler's: rows are requests, as without speculation.
                 sampling_metadata=replace(metadata, generators=generators, spec_token_ids=None),
             )
@@ -60,11 +65,17 @@ class EagleTreeScorer:
             sampled.append(column)
             if out.logprobs_tensors is not None:
                 logprobs.append(out.logprobs_tensors)
+            masks.clear()
             for i in list(walking):
+                if not walks[i].done:
+                    outputs[i].append(walks[i].token_ids[-1])
+                    if i in grammars and (mask := grammars[i](walks[i].node)) is not None:
+                        masks[i] = mask
+                    elif i in grammars:
+                        outputs[i].pop()
+                        walks[i].stop()
                 if walks[i].done:
                     walking.discard(i)
-                else:
-                    outputs[i].append(walks[i].token_ids[-1])
             if walking:  # what vLLM does between two steps of plain decoding
                 for processor in metadata.logitsprocs.all:
                     processor.update_state(None)

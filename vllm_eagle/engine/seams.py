@@ -10,8 +10,10 @@ from functools import cache
 import vllm
 from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -45,6 +47,18 @@ _SEAMS = (
         "scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
         "engine/runner.py",
     ),
+    (CPUModelRunner, "execute_model", "scheduler_output intermediate_tensors", "engine/runner.py"),
+    (CPUModelRunner, "sample_tokens", "grammar_output", "engine/runner.py"),
+    (
+        CPUModelRunner,
+        "propose_draft_token_ids",
+        "scheduler_output sampled_token_ids sampling_metadata hidden_states sample_hidden_states aux_hidden_states "
+        "spec_decode_metadata common_attn_metadata slot_mappings",
+        "engine/runner.py",
+    ),
+    (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/scheduler.py"),
+    (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/scheduler.py"),
+    (StructuredOutputManager, "grammar_init", "request", "engine/grammar.py"),
     (
         EagleProposer,
         "prepare_inputs",

@@ -1,16 +1,20 @@
 """Workers that run draft trees. vLLM loads them by name (`worker_cls`), so a stock vLLM needs no change."""
 
+import weakref
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_eagle import stats_file
 from vllm_eagle.engine import seams, support
 from vllm_eagle.engine.runner import EagleTreeCPUModelRunner
-from vllm_eagle.metrics import TreeTrace
+from vllm_eagle.metrics import TreeMetrics
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 
 class EagleTreeCPUWorker(CPUWorker):
@@ -44,13 +48,32 @@ class EagleTreeCPUWorker(CPUWorker):
             model_config.logits_processors = processors
         if not isinstance(self.model_runner, EagleTreeCPUModelRunner):
             self.model_runner.__class__ = EagleTreeCPUModelRunner
-        self.model_runner.init_trees()
+        self.model_runner.init_trees(self._metrics())
+
+    def _metrics(self) -> TreeMetrics:
+        """Counters, which the server's front end can see if both are on one machine."""
+        if self.rank != 0:
+            return TreeMetrics()
+        path = stats_file.path_of(self.vllm_config.instance_id)
+        try:
+            metrics = TreeMetrics(stats_file.create(path))
+        except OSError as error:
+            logger.warning("No counters for /metrics: %s cannot be written (%s).", path, error)
+            return TreeMetrics()
+        weakref.finalize(self, stats_file.remove, path)  # not every way to end an engine shuts its workers down
+        return metrics
+
+    def shutdown(self) -> None:
+        """Leave nothing behind."""
+        super().shutdown()
+        if self.rank == 0:
+            stats_file.remove(stats_file.path_of(self.vllm_config.instance_id))
 
     def _make_model_runner(self) -> EagleTreeCPUModelRunner:
         """Used where patches/cpu_worker_factory.patch gives CPUWorker this seam, as the GPU worker has it."""
         return EagleTreeCPUModelRunner(self.vllm_config, self.device)
 
-    def eagle_stats(self) -> dict[str, float]:
+    def eagle_stats(self) -> dict[str, Any]:
         """Counters since start or since the last call of `reset_eagle_stats`; reachable through `collective_rpc`."""
         return self.model_runner.tree_metrics.as_dict()
 
@@ -58,10 +81,14 @@ class EagleTreeCPUWorker(CPUWorker):
         """Set the counters to zero."""
         self.model_runner.tree_metrics.reset()
 
+    def eagle_recent_trees(self) -> list[dict[str, object]]:
+        """The last verified trees, newest first: request id, token ids, parents, scores, accepted nodes, emitted tokens."""
+        return self.model_runner.tree_trace.last()
+
     def eagle_trace(self, num_steps: int) -> None:
         """Record the next steps' trees and accepted paths; 0 stops."""
-        self.model_runner.tree_trace = TreeTrace(num_steps)
+        self.model_runner.tree_trace.start(num_steps)
 
     def eagle_traced(self) -> list[dict[str, object]]:
-        """What was recorded: request id, token ids, parents, scores, accepted nodes, emitted tokens."""
+        """What was recorded, like `eagle_recent_trees`, oldest first."""
         return self.model_runner.tree_trace.records

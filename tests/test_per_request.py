@@ -1,0 +1,98 @@
+"""Options of one request: they change how fast it gets, never what it emits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engines import engine, generate, tokens, tree_stats, trees
+from vllm_eagle.pair import HEAD, TARGET
+from vllm_eagle.per_request import RequestOptions
+
+PROMPT = list(range(5, 45))
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        (
+            {"eagle_nodes": 3},
+            "argument .eagle_nodes.; known ones: eagle_num_draft_tokens, eagle_max_depth, eagle_topk",
+        ),
+        ({"eagle_num_draft_tokens": 17}, "eagle_num_draft_tokens=17 is not possible here; set .* from 0 to 16"),
+        ({"eagle_num_draft_tokens": -1}, "from 0 to 16"),
+        ({"eagle_num_draft_tokens": "4"}, "integer"),
+        ({"eagle_max_depth": 0}, "from 1 to 16"),
+        ({"eagle_topk": 1.5}, "integer"),
+        ({"eagle_topk": True}, "integer"),
+    ],
+)
+def test_impossible_request_options_are_refused(extra_args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RequestOptions.from_extra_args(extra_args, 16)
+
+
+def test_arguments_of_others_are_left_alone() -> None:
+    assert RequestOptions.from_extra_args({"other": "x", "eagle_topk": 2}, 16) == RequestOptions(topk=2)
+    assert RequestOptions.from_extra_args(None) == RequestOptions()
+
+
+def recorded(llm: Any, params: SamplingParams) -> tuple[list[list[list[int]]], list[dict[str, Any]]]:
+    """Tokens of one request, and the trees that were verified for it."""
+    llm.collective_rpc("eagle_trace", args=(1 << 20,))
+    found = tokens(generate(llm, [PROMPT], params))
+    return found, llm.collective_rpc("eagle_traced")[0]
+
+
+def depth(tree: dict[str, Any]) -> int:
+    depths = [0]
+    for parent in tree["parents"][1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
+
+
+def test_a_request_can_have_a_smaller_tree_or_none() -> None:
+    def params(**extra_args: Any) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args=extra_args)
+
+    with engine(TARGET, **trees(HEAD)) as llm:
+        expected, verified = recorded(llm, params())
+        assert {len(tree["parents"]) for tree in verified} >= {17}
+        found, verified = recorded(llm, params(eagle_num_draft_tokens=0))
+        assert (found, verified) == (expected, [])
+        assert tree_stats(llm)["decisions"]["switched_off"] == 40
+        found, verified = recorded(llm, params(eagle_num_draft_tokens=5))
+        assert found == expected
+        assert max(len(tree["parents"]) for tree in verified) == 6
+        found, verified = recorded(llm, params(eagle_topk=1))
+        assert found == expected
+        assert all(tree["parents"][1:] == list(range(len(tree["parents"]) - 1)) for tree in verified)
+        found, verified = recorded(llm, params(eagle_max_depth=2, eagle_topk=3))
+        assert found == expected
+        assert max(map(depth, verified)) == 2
+        assert max(tree["parents"].count(0) for tree in verified) == 4  # three children, and the root itself
+
+        with pytest.raises(ValueError, match="eagle_topk=99"):
+            generate(llm, [PROMPT], params(eagle_topk=99))
+        assert recorded(llm, params())[0] == expected
+
+
+def test_options_mix_in_one_batch(random_models: dict[str, Path]) -> None:
+    prompts = [[i, *PROMPT] for i in range(1, 9)]
+    extra: list[dict[str, Any] | None] = [
+        None,
+        {"eagle_num_draft_tokens": 0},
+        {"eagle_topk": 1},
+        {"eagle_max_depth": 1},
+        {"eagle_num_draft_tokens": 3, "eagle_topk": 2},
+        {"eagle_max_depth": 3},
+        {"eagle_num_draft_tokens": 1},
+        {"other": 1},
+    ]
+    outputs = []
+    for changes in ({}, trees(random_models["eagle"]), trees(random_models["eagle3"], mode="static")):
+        params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=24, extra_args=x) for i, x in enumerate(extra)]
+        with engine(random_models["target"], **changes) as llm:
+            outputs.append(tokens(generate(llm, prompts, params)))
+    assert outputs[0] == outputs[1] == outputs[2]

@@ -1,0 +1,43 @@
+"""vLLM's scheduler, which leaves grammars along trees to the worker.
+
+vLLM trims a request's draft tokens to what its grammar allows, reading them as a chain, and makes one bitmask per chain position.
+Tree nodes are no chain, and the scheduler does not know their parents. Here it passes them on as they are and makes the bitmask of
+the root alone; the worker masks the other nodes on its way down the tree (grammar.py). Whatever is emitted still goes through the
+scheduler's own grammar, which ends a request with an error if worker and scheduler should ever disagree.
+
+With a reasoning parser vLLM's chain handling stays: where reasoning ends may depend on settings of the request that only the
+scheduler sees, so constrained requests draft chains there.
+"""
+
+from dataclasses import replace
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
+
+
+def grammars_follow_trees(vllm_config: VllmConfig) -> bool:
+    """Whether constrained requests draft trees, with the worker masking their nodes; chains masked by the scheduler otherwise."""
+    settings = vllm_config.structured_outputs_config
+    return not settings.reasoning_parser or settings.enable_in_reasoning
+
+
+class EagleTreeScheduler(Scheduler):
+    """vLLM's scheduler for draft trees. Decides nothing else differently."""
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Hand each request its draft tokens for the next step."""
+        if not grammars_follow_trees(self.vllm_config):
+            super().update_draft_token_ids(draft_token_ids)
+            return
+        for req_id, token_ids in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            request = self.requests.get(req_id)
+            if request is not None and not request.is_finished():
+                request.spec_token_ids = [] if request.is_prefill_chunk else token_ids
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Bitmasks of the roots: one row per constrained request, as without speculation."""
+        if grammars_follow_trees(self.vllm_config):
+            scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens={})
+        return super().get_grammar_bitmask(scheduler_output)
