@@ -18,7 +18,7 @@ from vllm_eagle.serve import engine_args, head_method
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nodes": 5}, "unknown option 'nodes'.*known options: confidence_scale, coupled, max_depth, mode, static_shape, topk"),
+        ({"nodes": 5}, "unknown option 'nodes'.*known options: confidence_scale, coupled, max_depth, mode, show_text, static_shape, topk"),
         ({"mode": "beam"}, "set mode to one of dynamic, static, chain"),
         ({"topk": 0}, "topk=0 is not possible; set topk to an integer from 1 to 64"),
         ({"topk": "8"}, "topk='8' is not possible"),
@@ -102,7 +102,7 @@ def test_an_eagle3_head_that_names_impossible_layers_is_refused(random_models: d
     [
         ({"additional_config": {CONFIG_KEY: {"top": 1}}}, "unknown option 'top'"),
         ({"additional_config": {CONFIG_KEY: 5}}, "must be an object of tree options"),
-        ({"spec_model": None}, "set speculative_config.model"),
+        ({"spec_model": None}, "set --speculative-model"),
         ({"spec_method": "ngram"}, 'speculative method "ngram" drafts no trees'),
         ({"async_scheduling": True}, "async_scheduling=true contradicts draft trees"),
         ({"worker_cls": "some.Worker"}, "worker_cls=some.Worker contradicts draft trees"),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from vllm_eagle.shapes import StaticShape, best_static_shape
 
@@ -14,15 +14,28 @@ MAX_DRAFT_TOKENS = 127  # vLLM's rejection sampler, which profiling runs, allows
 
 @dataclass(frozen=True, slots=True)
 class TreeConfig:
-    """Shape of the draft trees. Verification cost grows with num_draft_tokens, drafting latency with max_depth."""
+    """Shape of the draft trees. Verification cost grows with num_draft_tokens, drafting latency with max_depth.
 
-    num_draft_tokens: int = 16  # most nodes per request, root not counted; vLLM's num_speculative_tokens
-    mode: Mode = "dynamic"  # dynamic: grown by confidence (EAGLE-2); static: one fixed shape (EAGLE-1); chain: no branches
-    topk: int = 8  # children drafted per expanded node, and nodes expanded per level
-    max_depth: int = 8  # most head passes per step; a chain may be as deep as it has nodes
-    coupled: bool = True  # draft with the noise that verification will use; false: plain top-k
-    confidence_scale: float = 0.9  # divides log-probabilities before they become confidences; below 1 trusts the head more
-    static_shape: StaticShape | None = None  # mode "static": child ranks from the root to each node, e.g. [[0], [1], [0, 0]]
+    The text of each field is that of `vllm serve --help=speculative-tree` and of the README.
+    """
+
+    # vLLM's num_speculative_tokens
+    num_draft_tokens: Annotated[int, "most nodes per request, root not counted"] = 16
+    mode: Annotated[Mode, "`dynamic`: grown by confidence (EAGLE-2); `static`: one fixed shape (EAGLE-1); `chain`: no branches"] = (
+        "dynamic"
+    )
+    topk: Annotated[int, "children drafted per expanded node, and nodes expanded per level"] = 8
+    max_depth: Annotated[int, "most head passes per step; a chain may be as deep as it has nodes"] = 8
+    coupled: Annotated[bool, "draft with the noise that verification will use; `false`: plain top-k"] = True
+    confidence_scale: Annotated[float, "divides log-probabilities before they become confidences; below 1 trusts the head more"] = (
+        0.9
+    )
+    static_shape: Annotated[
+        StaticShape | None,
+        "for `static`: child ranks from the root to each node, e.g. `[[0], [1], [0, 0]]`; without it, the best shape for a "
+        "typical head",
+    ] = None
+    show_text: Annotated[bool, "let the `/eagle` page show the text of the last drafted trees"] = False
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -35,8 +48,9 @@ class TreeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is not possible; set {name} to an integer from {low} to {high}")
-        if not isinstance(self.coupled, bool):
-            raise ValueError(f"coupled={self.coupled!r} is not possible; set coupled to true or false")
+        for name in ("coupled", "show_text"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not possible; set {name} to true or false")
         if isinstance(self.confidence_scale, bool) or not isinstance(self.confidence_scale, int | float):
             raise ValueError(f"confidence_scale={self.confidence_scale!r} is not possible; set it to a number above 0")
         if not 0 < self.confidence_scale <= 10:

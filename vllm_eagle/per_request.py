@@ -1,7 +1,7 @@
 """What one request may ask for: no speculation, or a smaller tree. Passed through vLLM's extra arguments.
 
-`SamplingParams(extra_args={"eagle_num_draft_tokens": 4})`, or over HTTP `"vllm_xargs": {"eagle_num_draft_tokens": 4}`. None of it changes
-what is emitted, only how fast.
+`SamplingParams(extra_args={"eagle_num_draft_tokens": 4})`, or over HTTP `"vllm_xargs": {"eagle_num_draft_tokens": 4}`. None of it
+changes what is emitted, only how fast.
 """
 
 from collections.abc import Mapping

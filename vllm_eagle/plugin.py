@@ -1,6 +1,7 @@
 """`register()`: what vLLM calls in every process (entry point `vllm.general_plugins`). Imports nothing heavy, may run twice.
 
-Two marked wraps, which touch nothing unless draft trees are asked for with `additional_config["vllm_eagle"]`:
+Three marked wraps, which change nothing unless draft trees are asked for:
+- `EngineArgs.add_cli_args` gets our flags (flags.py), which all end up in `additional_config["vllm_eagle"]`;
 - `EngineArgs.create_engine_config` completes the speculative configuration and names our worker;
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
@@ -9,10 +10,12 @@ And one model class is added to vLLM's registry, for converted heads that ask fo
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.flags import HEAD_OPTIONS, add_flags, flag
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE
 from vllm_eagle.per_request import RequestOptions
 from vllm_eagle.serve import CPU_WORKER, SCHEDULER, speculative_settings
@@ -26,6 +29,7 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
+    _wrap(EngineArgs, "add_cli_args", _with_flags)
     _wrap(EngineArgs, "create_engine_config", _with_trees)
     _wrap(SamplingParams, "_validate_spec_decode", _unless_trees)
     if BIASED_ARCHITECTURE not in ModelRegistry.get_supported_archs():
@@ -38,11 +42,18 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
         return
 
     @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, original)
-    setattr(owner, name, wrapped)
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if static else wrapped)
+
+
+def _with_flags(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: Any) -> Any:
+    parser = original(parser, *args, **kwargs)
+    add_flags(parser)
+    return parser
 
 
 def _with_trees(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,18 +69,28 @@ def _with_trees(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
 
 def _ask_for_trees(args: Any) -> None:
     """Fill in what tree mode needs; `args` is vLLM's EngineArgs."""
-    options = args.additional_config[CONFIG_KEY]
-    if not isinstance(options, dict):
-        raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be an object of tree options, got {options!r}")
+    given = args.additional_config[CONFIG_KEY]
+    if not isinstance(given, dict):
+        raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be an object of tree options, got {given!r}")
+    options = {name: value for name, value in given.items() if name not in HEAD_OPTIONS}
     settings = dict(args.speculative_config or {})
-    # vLLM's own short flags; it refuses them beside the same key of speculative_config, so they move over.
-    for flag, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
-        value = getattr(args, flag)
+    # vLLM's own short flags; it refuses them beside the same key of speculative_config, so they move over. Ours join them.
+    for name, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+        value = getattr(args, name)
         if value is not None:
             if key in settings:
-                raise ValueError(f"--{flag.replace('_', '-')} and speculative_config[{key!r}] are both set; remove one")
+                raise ValueError(f"--{name.replace('_', '-')} and speculative_config[{key!r}] are both set; remove one")
             settings[key] = value
-            setattr(args, flag, None)
+            setattr(args, name, None)
+    for name, key in HEAD_OPTIONS.items():
+        if name in given:
+            if key in settings:
+                raise ValueError(
+                    f"{flag(name)} (additional_config[{CONFIG_KEY!r}][{name!r}]) and vLLM's own option for {key!r} "
+                    f"(--speculative-config, --spec-model, --spec-tokens) are both set; remove one"
+                )
+            settings[key] = given[name]
+    args.additional_config = args.additional_config | {CONFIG_KEY: options}
     if args.worker_cls not in ("auto", CPU_WORKER):
         raise ValueError(f"worker_cls={args.worker_cls} contradicts draft trees, which need their own worker; remove it")
     if args.async_scheduling:

@@ -38,6 +38,12 @@ def head_method(head: str | Path) -> Literal["eagle", "eagle3"]:
     is_eagle3 = "Eagle3" in names or any(
         key in config for key in ("draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_ids")
     )
+    num_layers = config.get("num_hidden_layers")
+    if not is_eagle3 and "Eagle" not in names and isinstance(num_layers, int) and num_layers > 1:
+        raise ValueError(
+            f"speculative model {head}: a whole language model of {num_layers} layers, no EAGLE head; "
+            "for a draft model without trees use vLLM's own --spec-model"
+        )
     return "eagle3" if is_eagle3 else "eagle"
 
 
@@ -69,7 +75,8 @@ def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]
     completed = dict(settings)
     if not completed.get("model"):
         raise ValueError(
-            f"additional_config[{CONFIG_KEY!r}] asks for draft trees; set speculative_config.model (spec_model) to an EAGLE head"
+            f"additional_config[{CONFIG_KEY!r}] (or a --speculative-tree flag) asks for draft trees; "
+            "set --speculative-model (spec_model) to an EAGLE head"
         )
     completed.setdefault("method", head_method(completed["model"]))
     _refuse_unconverted(completed["model"])
