@@ -16,6 +16,7 @@ setup(
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
         "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*", "bench/results/*.json"],
+        "vllm_eagle.serving": ["page.*"],
         "vllm_eagle.patches": ["*.patch", "*.md"],
     },
     install_requires=["numpy"],
@@ -28,7 +29,10 @@ setup(
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],
     },
     entry_points={
+        # One name for all three: VLLM_PLUGINS=eagle_trees allows them together, and vLLM adds pages only if they are named there.
         "vllm.general_plugins": ["eagle_trees = vllm_eagle.plugin:register"],
+        "vllm.stat_logger_plugins": ["eagle_trees = vllm_eagle.serving.stat_logger:EagleStatLogger"],
+        "vllm.endpoint_plugins": ["eagle_trees = vllm_eagle.serving.page:EaglePage"],
         "console_scripts": ["vllm-eagle = vllm_eagle.cli:main"],
     },
 )

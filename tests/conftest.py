@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from tests import models
+from tests.server import TREES, Pair, servers
 
 settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
@@ -37,3 +38,17 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str
         "eagle": models.random_eagle1_head(folder / "eagle"),
         "eagle3": models.random_eagle3_head(folder / "eagle3"),
     }
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two servers of the shipped target in float32, plain and with trees, with so few cache blocks that requests are preempted."""
+    options = (
+        *("--num-gpu-blocks-override", "40"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        # The small model would fill all its tokens with the whitespace that JSON allows.
+        *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+    )
+    trees = (*options, *TREES, "--per-request-spec-decode-metrics", "detailed")
+    with servers(tmp_path_factory.mktemp("servers"), options, trees) as (plain, with_trees):
+        yield Pair(plain, with_trees)

@@ -29,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     doctor = commands.add_parser("doctor", help="versions, what is supported here, and why not")
+    doctor.add_argument("--matrix", action="store_true", help="print what runs together with draft trees, and what does not")
+    doctor.add_argument("--markdown", action="store_true", help="the matrix as a Markdown table")
     doctor.set_defaults(run=_doctor)
 
     from vllm_eagle.train import command as training
@@ -91,6 +93,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.matrix or args.markdown:
+        from vllm_eagle import matrix
+
+        return matrix.run(args.markdown)
     from vllm_eagle.doctor import run
 
     return run()

@@ -1,18 +1,49 @@
-"""What tree mode supports, checked before a model is loaded; everything else is refused with its reason and a way out."""
+"""What tree mode supports, checked before a model is loaded; everything else is refused with its reason and a way out.
+
+Each rule looks at vLLM's configuration for one thing. `vllm-eagle doctor --matrix` lists the same rules (matrix.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 PLAIN = "remove the draft-tree options to serve without trees"
+Check = Callable[[VllmConfig], str | None]  # what is wrong, where it is set and the way out; None if all is well
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Something that cannot run with draft trees."""
+
+    feature: str
+    why: str
+    check: Check
+
+
+RULES: list[Rule] = []
+
+
+def _refused(feature: str, why: str) -> Callable[[Check], Check]:
+    """Add a rule; the function tells whether a configuration breaks it."""
+
+    def add(check: Check) -> Check:
+        RULES.append(Rule(feature, why, check))
+        return check
+
+    return add
 
 
 def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
     """Why this configuration cannot run with draft trees; empty if it can."""
-    return [*_method_reasons(vllm_config), *_model_reasons(vllm_config), *_head_reasons(vllm_config), *_engine_reasons(vllm_config)]
+    if vllm_config.speculative_config is None:
+        return ["no draft head is configured; set --speculative-model (spec_model) to an EAGLE head"]
+    return [reason for rule in RULES if (reason := rule.check(vllm_config)) is not None]
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -29,121 +60,204 @@ def check_supported(vllm_config: VllmConfig) -> None:
         raise ValueError("vllm_eagle cannot run draft trees here:\n  " + "\n  ".join(reasons))
 
 
-def _method_reasons(vllm_config: VllmConfig) -> list[str]:
-    spec = vllm_config.speculative_config
-    if spec is None:
-        return ["no draft head is configured; set speculative_config.model (or spec_model) to an EAGLE head"]
-    if spec.method not in ("eagle", "eagle3"):
-        return [f'speculative method "{spec.method}" has no tree; use an EAGLE head with method "eagle" or "eagle3"']
-    reasons = []
-    if spec.parallel_drafting:
-        reasons.append("speculative_config.parallel_drafting drafts no tree; remove it")
-    if spec.use_heterogeneous_vocab:
-        reasons.append(
-            "speculative_config.use_heterogeneous_vocab is not supported with trees; use a head with the target's vocabulary"
-        )
-    if not spec.disable_padded_drafter_batch:
-        reasons.append("speculative_config.disable_padded_drafter_batch must be true in tree mode; set it")
-    return reasons
+# The method
 
 
-def _model_reasons(vllm_config: VllmConfig) -> list[str]:
-    model = vllm_config.model_config
-    reasons = []
-    if model.use_mla:
-        reasons.append(f"model: {model.model} uses multi-head latent attention (MLA), which has no tree kernel here; {PLAIN}")
-    if model.is_hybrid or model.is_attention_free:
-        reasons.append(f"model: {model.model} keeps a recurrent state (Mamba or linear attention), which cannot branch; {PLAIN}")
-    if model.is_encoder_decoder:
-        reasons.append(f"model: {model.model} is an encoder-decoder; {PLAIN}")
-    if model.uses_alibi:
-        reasons.append(f"model: {model.model} uses ALiBi, whose bias goes by cache slot; {PLAIN}")
-    if model.is_multimodal_model:
-        reasons.append(f"model: {model.model} is multimodal, and the head sees text only; {PLAIN}")
-    if model.uses_mrope:
-        reasons.append(f"model: {model.model} uses M-RoPE positions; {PLAIN}")
+@_refused("speculative methods other than EAGLE", "only EAGLE heads draft trees; other methods run in vLLM as without the plugin")
+def _method(config: VllmConfig) -> str | None:
+    method = config.speculative_config.method
+    if method in ("eagle", "eagle3"):
+        return None
+    return f'speculative method "{method}" has no tree; use an EAGLE head with method "eagle" or "eagle3"'
+
+
+@_refused("parallel drafting", "a head that drafts all positions at once has no tree to grow")
+def _parallel_drafting(config: VllmConfig) -> str | None:
+    return "speculative_config.parallel_drafting drafts no tree; remove it" if config.speculative_config.parallel_drafting else None
+
+
+@_refused("heterogeneous vocabularies", "tokens of head and target are compared by id")
+def _vocabularies(config: VllmConfig) -> str | None:
+    if not config.speculative_config.use_heterogeneous_vocab:
+        return None
+    return "speculative_config.use_heterogeneous_vocab is not supported with trees; use a head with the target's vocabulary"
+
+
+@_refused("padded drafter batch", "trees differ in size; the option is set by itself")
+def _padded(config: VllmConfig) -> str | None:
+    if config.speculative_config.disable_padded_drafter_batch:
+        return None
+    return "speculative_config.disable_padded_drafter_batch must be true in tree mode; set it"
+
+
+@_refused("rejection_sample_method, draft_sample_method", "trees are not verified by rejection: the target's own samples decide")
+def _rejection(config: VllmConfig) -> str | None:
+    spec = config.speculative_config
+    for name, default in (("rejection_sample_method", "standard"), ("draft_sample_method", "greedy")):
+        if getattr(spec, name) != default:
+            return f'speculative_config.{name}="{getattr(spec, name)}" would change nothing with trees; remove it'
+    return None
+
+
+# The target
+
+
+def _model_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
+    def check(config: VllmConfig) -> str | None:
+        return f"model: {config.model_config.model} {text}; {PLAIN}" if applies(config) else None
+
+    _refused(feature, why)(check)
+
+
+_model_rule(
+    "MLA", "no tree kernel for latent attention", lambda c: c.model_config.use_mla,
+    "uses multi-head latent attention (MLA), which has no tree kernel here",
+)  # fmt: skip
+_model_rule(
+    "Mamba, linear attention, hybrids", "a recurrent state cannot branch",
+    lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+    "keeps a recurrent state (Mamba or linear attention), which cannot branch",
+)  # fmt: skip
+_model_rule(
+    "encoder-decoder", "heads are trained on decoders", lambda c: c.model_config.is_encoder_decoder, "is an encoder-decoder"
+)
+_model_rule(
+    "ALiBi", "its bias goes by cache slot", lambda c: c.model_config.uses_alibi, "uses ALiBi, whose bias goes by cache slot"
+)
+_model_rule(
+    "multimodal models", "the head sees text only", lambda c: c.model_config.is_multimodal_model,
+    "is multimodal, and the head sees text only",
+)  # fmt: skip
+_model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model_config.uses_mrope, "uses M-RoPE positions")
+_model_rule(
+    "soft-capped attention", "the CPU tree kernel does not do it",
+    lambda c: bool(getattr(c.model_config.hf_text_config, "attn_logit_softcapping", None)),
+    "soft-caps attention scores, which the CPU tree kernel does not do",
+)  # fmt: skip
+
+
+@_refused("sliding windows shorter than max_model_len", "the CPU tree kernel does not know them")
+def _window(config: VllmConfig) -> str | None:
+    model = config.model_config
     window = model.get_sliding_window()
-    if window is not None and window < model.max_model_len:
-        reasons.append(
-            f"model: {model.model} has a sliding window of {window} tokens, which the CPU tree kernel does not know; "
-            f"set max_model_len to at most {window}, or {PLAIN}"
-        )
-    if getattr(model.hf_text_config, "attn_logit_softcapping", None):
-        reasons.append(f"model: {model.model} soft-caps attention scores, which the CPU tree kernel does not do; {PLAIN}")
-    return reasons
+    if window is None or window >= model.max_model_len:
+        return None
+    return (
+        f"model: {model.model} has a sliding window of {window} tokens, which the CPU tree kernel does not know; "
+        f"set max_model_len to at most {window}, or {PLAIN}"
+    )
 
 
-def _head_reasons(vllm_config: VllmConfig) -> list[str]:
-    spec = vllm_config.speculative_config
-    if spec is None or spec.draft_model_config is None:
-        return []
-    target, head = vllm_config.model_config, spec.draft_model_config
-    hf_config = head.hf_config
-    expected = getattr(hf_config, "target_hidden_size", None) or head.get_hidden_size()
-    reasons = []
-    if expected != target.get_hidden_size():
-        reasons.append(
-            f"head: {head.model} takes features of size {expected}, {target.model} has hidden size {target.get_hidden_size()}; "
-            "set speculative_config.model to a head trained for this target"
-        )
-    if head.get_vocab_size() != target.get_vocab_size():
-        reasons.append(
-            f"head: {head.model} has a vocabulary of {head.get_vocab_size()}, {target.model} one of {target.get_vocab_size()}; "
-            "set speculative_config.model to a head trained for this target"
-        )
-    return [*reasons, *_aux_layer_reasons(vllm_config)]
+# The head
 
 
-def _aux_layer_reasons(vllm_config: VllmConfig) -> list[str]:
+@_refused("heads of another hidden size", "the head reads the target's features")
+def _hidden_size(config: VllmConfig) -> str | None:
+    target, head = config.model_config, config.speculative_config.draft_model_config
+    if head is None:
+        return None
+    expected = getattr(head.hf_config, "target_hidden_size", None) or head.get_hidden_size()
+    if expected == target.get_hidden_size():
+        return None
+    return (
+        f"head: {head.model} takes features of size {expected}, {target.model} has hidden size {target.get_hidden_size()}; "
+        "set speculative_config.model to a head trained for this target"
+    )
+
+
+@_refused("heads of another vocabulary", "drafted tokens are the target's")
+def _vocabulary(config: VllmConfig) -> str | None:
+    target, head = config.model_config, config.speculative_config.draft_model_config
+    if head is None or head.get_vocab_size() == target.get_vocab_size():
+        return None
+    return (
+        f"head: {head.model} has a vocabulary of {head.get_vocab_size()}, {target.model} one of {target.get_vocab_size()}; "
+        "set speculative_config.model to a head trained for this target"
+    )
+
+
+@_refused("EAGLE-3 heads that name impossible layers", "three different layers of the target are read")
+def _aux_layers(config: VllmConfig) -> str | None:
     """EAGLE-3: three different layers of the target must be named, or vLLM's guess must make sense."""
-    spec = vllm_config.speculative_config
+    spec = config.speculative_config
+    if spec.method != "eagle3" or spec.draft_model_config is None:
+        return None
     hf_config = spec.draft_model_config.hf_config
     eagle_config = getattr(hf_config, "eagle_config", None) or {}
-    if spec.method != "eagle3" or not eagle_config.get("use_aux_hidden_state", True):
-        return []
+    if not eagle_config.get("use_aux_hidden_state", True):
+        return None
     named = getattr(hf_config, "eagle_aux_hidden_state_layer_ids", None) or eagle_config.get("eagle_aux_hidden_state_layer_ids")
-    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    num_layers = config.model_config.get_total_num_hidden_layers()
     layers = list(named or (2, num_layers // 2, num_layers - 3))
     if len(set(layers)) == len(layers) and all(0 <= layer <= num_layers for layer in layers):
         if not named:
             logger.warning("The head does not name the target layers it was trained on; vLLM assumes %s.", layers)
-        return []
-    return [
+        return None
+    return (
         f"head: {spec.draft_model_config.model} would read layers {layers} of a target with {num_layers}; "
         "set eagle_aux_hidden_state_layer_ids in its config.json to the layers it was trained on"
-    ]
+    )
 
 
-def _engine_reasons(vllm_config: VllmConfig) -> list[str]:
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    scheduler, spec = vllm_config.scheduler_config, vllm_config.speculative_config
-    reasons = []
-    if vllm_config.device_config.device_type != "cpu":
-        reasons.append(f"device {vllm_config.device_config.device_type}: only the CPU backend exists so far; {PLAIN}")
-    if parallel.pipeline_parallel_size > 1:
-        reasons.append("pipeline_parallel_size > 1: trees stay on the last stage; set it to 1")
-    if parallel.data_parallel_size > 1:
-        reasons.append("data_parallel_size > 1: ranks may draft to different depths; set it to 1 and run one server per replica")
-    if parallel.decode_context_parallel_size > 1:
-        reasons.append("decode_context_parallel_size > 1 splits a context over ranks; set it to 1")
-    if vllm_config.kv_transfer_config is not None:
-        reasons.append("kv_transfer_config: a connector would send keys and values before they are compacted; remove it")
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        reasons.append(
-            f"kv_cache_dtype {cache.cache_dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto"
+# The engine
+
+
+@_refused("CUDA and other devices", "only the CPU's tree kernels exist so far")
+def _device(config: VllmConfig) -> str | None:
+    device = config.device_config.device_type
+    return None if device == "cpu" else f"device {device}: only the CPU backend exists so far; {PLAIN}"
+
+
+def _engine_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
+    _refused(feature, why)(lambda config: text if applies(config) else None)
+
+
+_engine_rule(
+    "pipeline parallelism", "trees stay on the last stage", lambda c: c.parallel_config.pipeline_parallel_size > 1,
+    "pipeline_parallel_size > 1: trees stay on the last stage; set it to 1",
+)  # fmt: skip
+_engine_rule(
+    "data parallelism", "ranks may draft to different depths", lambda c: c.parallel_config.data_parallel_size > 1,
+    "data_parallel_size > 1: ranks may draft to different depths; set it to 1 and run one server per replica",
+)  # fmt: skip
+_engine_rule(
+    "decode context parallelism", "a context lies on several ranks", lambda c: c.parallel_config.decode_context_parallel_size > 1,
+    "decode_context_parallel_size > 1 splits a context over ranks; set it to 1",
+)  # fmt: skip
+_engine_rule(
+    "dual batch overlap", "a step's metadata comes in halves", lambda c: bool(c.parallel_config.use_ubatching),
+    "enable_dbo (or ubatch_size) splits a step, and with it its trees; remove it",
+)  # fmt: skip
+_engine_rule(
+    "KV connectors, disaggregated prefill", "they would send tree slots before compaction",
+    lambda c: c.kv_transfer_config is not None,
+    "kv_transfer_config: a connector would send keys and values before they are compacted; remove it",
+)  # fmt: skip
+_engine_rule(
+    "async scheduling", "a step is scheduled before the last tree is known", lambda c: bool(c.scheduler_config.async_scheduling),
+    "async_scheduling schedules a step before the last tree is known; set async_scheduling to false",
+)  # fmt: skip
+
+
+@_refused("quantized KV cache (fp8, int8, ...)", "the CPU tree kernel reads no quantized cache")
+def _cache_dtype(config: VllmConfig) -> str | None:
+    dtype = config.cache_config.cache_dtype
+    if dtype in ("auto", "bfloat16", "float16", "float32"):
+        return None
+    return f"kv_cache_dtype {dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto"
+
+
+@_refused("trees that fit no step or no context", "a tree is verified in one step")
+def _size(config: VllmConfig) -> str | None:
+    nodes, most = config.speculative_config.num_speculative_tokens or 0, config.scheduler_config.max_num_batched_tokens
+    if nodes + 1 > most:
+        return (
+            f"a tree of num_speculative_tokens={nodes} nodes and its root need {nodes + 1} slots in a step, "
+            f"max_num_batched_tokens is {most}; lower the one or raise the other"
         )
-    if scheduler.async_scheduling:
-        reasons.append("async_scheduling schedules a step before the last tree is known; set async_scheduling to false")
-    if spec is not None and spec.num_speculative_tokens:
-        needed = spec.num_speculative_tokens + 1
-        if needed > scheduler.max_num_batched_tokens:
-            reasons.append(
-                f"a tree of num_speculative_tokens={spec.num_speculative_tokens} nodes and its root need {needed} slots in a step, "
-                f"max_num_batched_tokens is {scheduler.max_num_batched_tokens}; lower the one or raise the other"
-            )
-        if needed >= vllm_config.model_config.max_model_len:
-            reasons.append(
-                f"a tree of num_speculative_tokens={spec.num_speculative_tokens} nodes does not fit max_model_len="
-                f"{vllm_config.model_config.max_model_len}; lower num_speculative_tokens"
-            )
-    return reasons
+    if nodes + 1 >= config.model_config.max_model_len:
+        return (
+            f"a tree of num_speculative_tokens={nodes} nodes does not fit max_model_len={config.model_config.max_model_len}; "
+            "lower num_speculative_tokens"
+        )
+    return None

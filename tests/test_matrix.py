@@ -1,0 +1,94 @@
+"""The matrix is what is tested and what is refused."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.engines import ENGINE, trees
+from vllm_eagle import matrix
+from vllm_eagle.cli import main
+from vllm_eagle.engine import support
+
+# A change to the configuration that breaks each rule.
+BREAKS: dict[str, dict[str, object]] = {
+    "speculative methods other than EAGLE": {"speculative_config.method": "mtp"},
+    "parallel drafting": {"speculative_config.parallel_drafting": True},
+    "heterogeneous vocabularies": {"speculative_config.use_heterogeneous_vocab": True},
+    "padded drafter batch": {"speculative_config.disable_padded_drafter_batch": False},
+    "rejection_sample_method, draft_sample_method": {"speculative_config.draft_sample_method": "probabilistic"},
+    "MLA": {"model_config.use_mla": True},
+    "Mamba, linear attention, hybrids": {"model_config.is_hybrid": True},
+    "encoder-decoder": {"model_config.is_encoder_decoder": True},
+    "ALiBi": {"model_config.uses_alibi": True},
+    "multimodal models": {"model_config.is_multimodal_model": True},
+    "M-RoPE": {"model_config.uses_mrope": True},
+    "soft-capped attention": {"model_config.hf_text_config.attn_logit_softcapping": 50.0},
+    "sliding windows shorter than max_model_len": {"model_config.get_sliding_window": lambda: 64},
+    "heads of another hidden size": {"model_config.get_hidden_size": lambda: 96},
+    "heads of another vocabulary": {"model_config.get_vocab_size": lambda: 77},
+    "EAGLE-3 heads that name impossible layers": {
+        "speculative_config.method": "eagle3",
+        "speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids": [1, 1, 9],
+    },
+    "CUDA and other devices": {"device_config.device_type": "cuda"},
+    "pipeline parallelism": {"parallel_config.pipeline_parallel_size": 2},
+    "data parallelism": {"parallel_config.data_parallel_size": 2},
+    "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},
+    "dual batch overlap": {"parallel_config.use_ubatching": True},
+    "KV connectors, disaggregated prefill": {"kv_transfer_config": object()},
+    "async scheduling": {"scheduler_config.async_scheduling": True},
+    "quantized KV cache (fp8, int8, ...)": {"cache_config.cache_dtype": "fp8"},
+    "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},
+}
+
+
+class Changed:
+    """A configuration that differs in some places, given by dotted names."""
+
+    def __init__(self, original: Any, changes: dict[str, object]):
+        self._original, self._changes = original, changes
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._changes:
+            return self._changes[name]
+        inner = {key.removeprefix(f"{name}."): value for key, value in self._changes.items() if key.startswith(f"{name}.")}
+        found = getattr(self._original, name)
+        return Changed(found, inner) if inner else found
+
+
+@pytest.fixture(scope="module")
+def config(random_models: dict[str, Path]) -> Any:
+    found = EngineArgs(model=str(random_models["target"]), **(ENGINE | trees(random_models["eagle"]))).create_engine_config()
+    assert support.unsupported_reasons(found) == []
+    return found
+
+
+@pytest.mark.parametrize("rule", support.RULES, ids=lambda rule: rule.feature)
+def test_every_rule_refuses_what_breaks_it_and_nothing_else(rule: support.Rule, config: Any) -> None:
+    assert rule.check(config) is None
+    changed = Changed(config, BREAKS[rule.feature])
+    reason = rule.check(changed)  # type: ignore[arg-type]
+    assert reason
+    with pytest.raises(ValueError, match="cannot run draft trees here") as refused:
+        support.check_supported(changed)  # type: ignore[arg-type]
+    assert reason in str(refused.value)
+
+
+def test_no_rule_is_forgotten_here() -> None:
+    assert BREAKS.keys() == {rule.feature for rule in support.RULES}
+
+
+def test_what_works_names_a_test_that_exists() -> None:
+    for feature, _, test in matrix.WORKS:
+        assert (Path(__file__).parent / f"{test}.py").is_file(), feature
+
+
+def test_the_command_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--matrix"]) == 0
+    printed = capsys.readouterr().out
+    cells = [[cell for cell in re.split(r"  +", line) if cell] for line in printed.splitlines()]
+    for row in matrix.rows():
+        assert [cell for cell in row if cell] in cells

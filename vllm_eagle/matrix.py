@@ -1,0 +1,56 @@
+"""`vllm-eagle doctor --matrix`: what runs together with draft trees, what does not, and why.
+
+What works names the test that shows it; what is refused comes from the very rules that refuse it (engine/support.py).
+"""
+
+from collections.abc import Iterator
+
+# Feature, remark, test.
+WORKS = (
+    ("vllm serve, OpenAI routes", "answers equal those of a server without trees", "test_serve_requests"),
+    ("streaming", "several tokens per event, in order", "test_serve_streams"),
+    ("tool calling", "named, required and free", "test_serve_tools"),
+    ("structured output", "trees with xgrammar, guidance, outlines; chains with a reasoning parser", "test_structured"),
+    ("sampling parameters", "all, with min-p, logit bias, custom logits processors", "test_exactness"),
+    ("logprobs, prompt logprobs, n, stop", "values as without trees", "test_serve_logprobs"),
+    ("speculation per request", "off, or a smaller tree", "test_per_request"),
+    ("offline LLM, in-process and multi-process", "", "test_engine"),
+    ("chunked prefill, preemption, prefix caching", "", "test_engine"),
+    ("torch.compile", "enforce_eager=False", "test_engine"),
+    ("LoRA on the target", "the head has no adapter: its drafts stay those for the base model", "test_combine"),
+    ("INT8 W8A8 (compressed-tensors)", "the head stays unquantized", "test_combine"),
+    ("4-bit weights (compressed-tensors W4A16)", "the head stays unquantized", "test_combine"),
+    ("tensor parallelism", "an exception in drafting ends the server there", "test_combine"),
+    ("several API servers", "without our metrics in /metrics: scrape /eagle/metrics", "test_serve_frontends"),
+    ("Llama, Qwen2, Qwen3, Mistral", "", "test_families"),
+    ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "others formats through vllm-eagle convert", "test_biased_head"),
+    ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
+)
+OTHERWISE = (
+    ("Ray", "by name", "worker and scheduler go by name to every node that has vllm_eagle installed; not run so far"),
+    ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),
+)
+
+
+def rows() -> Iterator[tuple[str, str, str]]:
+    """Feature, "works", "refused" or another word, remark."""
+    from vllm_eagle.engine.support import RULES
+
+    for feature, remark, _ in WORKS:
+        yield feature, "works", remark
+    yield from OTHERWISE
+    for rule in RULES:
+        yield rule.feature, "refused", rule.why
+
+
+def run(markdown: bool = False) -> int:
+    """Print the table."""
+    table = [("feature", "with trees", "remark"), *rows()]
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in table]
+        print("\n".join([lines[0], "|---|---|---|", *lines[1:]]))
+        return 0
+    widths = [max(len(row[i]) for row in table) for i in range(2)]
+    for feature, status, remark in table:
+        print(f"{feature:<{widths[0]}}  {status:<{widths[1]}}  {remark}".rstrip())
+    return 0
