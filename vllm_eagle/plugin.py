@@ -112,6 +112,11 @@ def is_tree_mode(speculative_config: Any) -> bool:
 
 def _unless_trees(original: Callable[..., Any], self: Any, speculative_config: Any) -> None:
     if is_tree_mode(speculative_config):
-        RequestOptions.from_extra_args(self.extra_args, speculative_config.num_speculative_tokens)
+        from vllm.exceptions import VLLMValidationError  # the one kind of error that its server lays at the client's door
+
+        try:
+            RequestOptions.from_extra_args(self.extra_args, speculative_config.num_speculative_tokens)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
     else:
         original(self, speculative_config)

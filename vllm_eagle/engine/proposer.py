@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -43,6 +44,18 @@ class EagleTreeProposer(EagleProposer):
         self._keep = keep
         self._paths = paths
         self.most_level_rows = config.level_width * config.depth_limit
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """As vLLM's; what the head shares with a target that takes LoRA adapters is shared without them.
+
+        An adapter is applied row by row of the target's batch, and the head's rows are others. So drafts are those for the base model:
+        fewer are accepted where an adapter changes much.
+        """
+        super().load_model(target_model)
+        for owner, name in ((self.model.model, "embed_tokens"), (self.model, "lm_head")):
+            layer = getattr(owner, name, None)
+            if isinstance(layer, BaseLayerWithLoRA):
+                setattr(owner, name, layer.base_layer)
 
     def prepare_inputs(
         self,

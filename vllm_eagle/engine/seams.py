@@ -78,6 +78,7 @@ _SEAMS = (
         "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad num_rejected_tokens_gpu",
         "engine/proposer.py",
     ),
+    (EagleProposer, "load_model", "target_model", "engine/proposer.py"),
     (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/proposer.py"),
     (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
     (EagleLlamaForCausalLM, "load_weights", "weights", "engine/biased_head.py"),
