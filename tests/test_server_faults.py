@@ -26,7 +26,7 @@ LONG = MAX_MODEL_LEN - 40
 
 
 def trees_with(head: Path) -> tuple[str, ...]:
-    return ("--spec-model", str(head), *TREES[2:])
+    return ("--speculative-model", str(head), *TREES[2:])
 
 
 def truncated(head: Path) -> None:
@@ -133,9 +133,9 @@ class Streams:
         try:
             with httpx.stream("POST", f"{self._server.url}/v1/completions", json=body, timeout=END_S) as response:
                 for line in response.iter_lines():
-                    if line == "data: [DONE]":
+                    if '"finish_reason":"length"' in line:
                         end = "complete"
-                    elif '"error"' in line or '"finish_reason":"abort"' in line:
+                    elif line.startswith('data: {"error"') or '"finish_reason":"abort"' in line:
                         end = "error"
                     if line:
                         self.begun.release()
@@ -162,7 +162,7 @@ def after_a_kill(server: Server, role: str) -> dict[str, Any]:
     status = server.process.wait(END_S)
     gone = wait_until(lambda: all(map(is_gone, roles.values())))
     return {
-        "told": "hung" not in ends and "complete" not in ends,
+        "ends": sorted(ends),
         "status": status,
         "gone": gone,
         "files": [path for path in files if path.exists()],
@@ -176,8 +176,10 @@ def test_a_killed_process_ends_the_server_as_it_does_without_trees(role: str, tm
         expected, found = at_once(lambda server: after_a_kill(server, role), [plain, trees])
     assert found.pop("had files")
     assert not expected.pop("had files")
+    # How each stream ends, with an error or cut off, is a matter of milliseconds.
+    for seen in (expected, found):
+        assert not {"hung", "complete"} & set(seen.pop("ends"))
     assert found == expected
-    assert found["told"]
     assert found["gone"]
     assert found["files"] == []
 
@@ -255,7 +257,9 @@ def test_a_failure_in_drafting_costs_no_answer(expected: list[list[int]], tmp_pa
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose cache holds one request of the model's length, and no block more: 16 of 32 tokens, and vLLM's null block."""
-    with servers(tmp_path_factory.mktemp("tiny"), [*TREES, "--num-gpu-blocks-override", "17"], seconds=START_S) as (server,):
+    # Without a timeout vLLM stops its engine at once at SIGTERM, and then waits for clients that get nothing any more.
+    options = [*TREES, "--num-gpu-blocks-override", "17", "--shutdown-timeout", str(END_S)]
+    with servers(tmp_path_factory.mktemp("tiny"), options, seconds=START_S) as (server,):
         yield server
 
 
@@ -279,15 +283,15 @@ def test_garbage_is_refused_while_others_go_on(tiny: Server) -> None:
     assert streams.wait() == ["complete"] * 2
 
 
-def test_a_terminated_server_leaves_nothing_behind(tiny: Server) -> None:
-    """The last one that uses this server."""
+def test_a_terminated_server_answers_and_leaves_nothing_behind(tiny: Server) -> None:
+    """The last test that uses this server."""
     roles = family(tiny)
     files = counters(roles["Worker"])
     assert len(files) == 1
     streams = Streams(tiny, 2)
     tiny.process.terminate()
     assert tiny.process.wait(END_S) == 0
-    assert not {"hung", "complete"} & set(streams.wait())
+    assert streams.wait() == ["complete"] * 2
     assert wait_until(lambda: all(map(is_gone, roles.values())))
     assert not files[0].exists()
 

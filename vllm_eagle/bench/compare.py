@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle.bench.gaps import gaps
 from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
 from vllm_eagle.config import CONFIG_KEY
 from vllm_eagle.heads.checkpoint import read_config
@@ -123,12 +124,12 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
     same_in_all = [True] * len(prompts)
     tau, seconds = {}, {"plain": round(plain.seconds, 2)}
     differing: dict[str, Generated] = {}
-    gaps: dict[str, list[float]] | None = None
+    gaps_by_name: dict[str, list[float]] | None = None
     # N-gram lookup goes last: it imports numba, and vLLM 0.32 on CPU, which looks through all modules for kernels when an engine
     # starts, then fails in a module of numba's.
     for name in sorted(chosen, key=lambda name: name.startswith(NGRAM)):
-        if gaps is None and name.startswith(NGRAM):
-            gaps = _gaps(settings, common, prompts, params, plain, differing)
+        if gaps_by_name is None and name.startswith(NGRAM):
+            gaps_by_name = _gaps(settings, common, prompts, params, plain, differing)
         with engine(settings.model, **common, **chosen[name]) as llm:
             found = generate(llm, prompts, params)
         same = [a == b for a, b in zip(plain.token_ids, found.token_ids, strict=True)]
@@ -144,7 +145,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "tau": tau,
         "seconds": seconds,
         "tokens": sum(map(len, plain.token_ids)),
-        "gaps": _gaps(settings, common, prompts, params, plain, differing) if gaps is None else gaps,
+        "gaps": _gaps(settings, common, prompts, params, plain, differing) if gaps_by_name is None else gaps_by_name,
         "settings": {
             "model": Path(settings.model).name,
             "head": Path(settings.head).name,
@@ -165,31 +166,10 @@ def _gaps(
     plain: Generated,
     differing: dict[str, Generated],
 ) -> dict[str, list[float]]:
-    """At each prompt's first differing token: by how much plain vLLM preferred its own token, noise included, in nats."""
+    """Per variant that differs: see `gaps`."""
     if not differing:
         return {}
-    import torch
-    from vllm import SamplingParams
-
-    from vllm_eagle.noise import gumbel, peek_seeds
-
-    gaps: dict[str, list[float]] = {}
     with engine(settings.model, **common, max_logprobs=-1) as llm:
-        vocab = llm.llm_engine.model_config.get_vocab_size()
-        probe = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
-        for name, found in differing.items():
-            gaps[name] = []
-            for i, (one, other) in enumerate(zip(plain.token_ids, found.token_ids, strict=True)):
-                if one == other:
-                    continue
-                position = next(p for p, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-                prompt = {"prompt_token_ids": prompts[i] + one[:position]}
-                logprobs = llm.generate([prompt], probe.clone(), use_tqdm=False)[0].outputs[0].logprobs[0]
-                gap = logprobs[one[position]].logprob - logprobs[other[position]].logprob
-                if settings.temperature > 0:
-                    seeds = peek_seeds(torch.Generator().manual_seed(params[i].seed), position + 1)
-                    noise = gumbel(seeds[-1], vocab)
-                    gap = gap / settings.temperature + float(noise[one[position]] - noise[other[position]])
-                gaps[name].append(round(gap, 5))
-    print("gaps at first differences:", json.dumps(gaps), file=sys.stderr)
-    return gaps
+        found = {name: gaps(llm, prompts, params, plain, other) for name, other in differing.items()}
+    print("gaps at first differences:", json.dumps(found), file=sys.stderr)
+    return found

@@ -71,11 +71,11 @@ def engine(model: str, **settings: Any) -> Iterator["LLM"]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["SamplingParams"]) -> Generated:
-    """Generate for all prompts at once; tau counts this call only."""
+def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["SamplingParams"], **options: Any) -> Generated:
+    """Generate for all prompts at once; tau counts this call only. `options` go to vLLM's `generate`."""
     before = _counters(llm)
     start = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], [p.clone() for p in params], use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], [p.clone() for p in params], use_tqdm=False, **options)
     seconds = time.perf_counter() - start
     drafts, accepted = (after - was for after, was in zip(_counters(llm), before, strict=True))
     return Generated(

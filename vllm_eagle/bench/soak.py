@@ -31,7 +31,6 @@ from vllm_eagle.bench.soak_checks import Check, Seen, checks, failed, tau
 from vllm_eagle.bench.soak_clients import Answer, Client, Connection, Script, Tally, difference
 from vllm_eagle.bench.soak_pool import Ask, pool, refused
 from vllm_eagle.bench.soak_server import Sample, Watch, error_lines, serve
-from vllm_eagle.config import CONFIG_KEY
 from vllm_eagle.pair import HEAD, TARGET
 
 MAX_MODEL_LEN = 512
@@ -60,8 +59,7 @@ class Settings:
 def tree_options(settings: Settings) -> tuple[str, ...]:
     """A server with trees whose KV cache is too small for the clients."""
     return (
-        *("--spec-model", str(HEAD), "--spec-tokens", str(settings.num_draft_tokens)),
-        *("--additional-config", json.dumps({CONFIG_KEY: {}})),
+        *("--speculative-model", str(HEAD), "--num-speculative-tokens", str(settings.num_draft_tokens)),
         # Fewer places and tokens per step than the clients want: requests wait, prompts are split and trees are cut.
         *("--max-num-seqs", "48", "--max-num-batched-tokens", "1024", "--kv-cache-memory-bytes", str(1 << 28)),
         *("--num-gpu-blocks-override", str(settings.kv_blocks)),

@@ -48,8 +48,8 @@ class EagleTreeProposer(EagleProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         """As vLLM's; what the head shares with a target that takes LoRA adapters is shared without them.
 
-        An adapter is applied row by row of the target's batch, and the head's rows are others. So drafts are those for the base model:
-        fewer are accepted where an adapter changes much.
+        An adapter is applied row by row of the target's batch, and the head's rows are others. So drafts are those for the base
+        model: fewer are accepted where an adapter changes much.
         """
         super().load_model(target_model)
         for owner, name in ((self.model.model, "embed_tokens"), (self.model, "lm_head")):

@@ -1,0 +1,46 @@
+"""Where two engines' tokens differ: how close were the scores?"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_eagle.bench.offline import Generated
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+
+def gaps(
+    llm: "LLM",
+    prompts: Sequence[list[int]],
+    params: Sequence["SamplingParams"],
+    plain: Generated,
+    found: Generated,
+    **options: Any,
+) -> list[float]:
+    """At each prompt's first differing token: by how much plain vLLM preferred its own token, noise included, in nats.
+
+    `llm` is an engine without speculation and with max_logprobs=-1; `options` go to its `generate`. Zero within the rounding of the
+    dtype says that rounding decided.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    from vllm_eagle.noise import gumbel, peek_seeds
+
+    vocab = llm.llm_engine.model_config.get_vocab_size()
+    probe = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
+    each: list[float] = []
+    for i, (one, other) in enumerate(zip(plain.token_ids, found.token_ids, strict=True)):
+        if one == other:
+            continue
+        position = next(p for p, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        prompt = {"prompt_token_ids": prompts[i] + one[:position]}
+        logprobs = llm.generate([prompt], probe.clone(), use_tqdm=False, **options)[0].outputs[0].logprobs[0]
+        gap = logprobs[one[position]].logprob - logprobs[other[position]].logprob
+        temperature = params[i].temperature
+        if temperature > 0:
+            seeds = peek_seeds(torch.Generator().manual_seed(params[i].seed), position + 1)
+            noise = gumbel(seeds[-1], vocab)
+            gap = gap / temperature + float(noise[one[position]] - noise[other[position]])
+        each.append(round(gap, 5))
+    return each
