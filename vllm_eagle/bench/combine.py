@@ -130,6 +130,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-draft-tokens", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2, help="of each engine, all its ranks together")
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
 
@@ -138,6 +139,7 @@ def main() -> None:
     """Command line."""
     args = _parse()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # two engines side by side
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ... on the same cores, in turn
     prepare_environment()
     import torch
     import vllm
@@ -148,11 +150,12 @@ def main() -> None:
     result: dict[str, Any] = {
         "combinations": {},
         "settings": {name: value if isinstance(value, int) else str(value) for name, value in vars(args).items() if name != "only"},
-        "threads": torch.get_num_threads(),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     heads = {"eagle": args.eagle, "eagle3": args.eagle3}
     for name in args.only:
+        ranks = COMBINATIONS[name].engine.get("tensor_parallel_size", 1)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, args.threads // ranks))  # for the engines' processes
         result["combinations"][name] = measure(
             args.target, heads, COMBINATIONS[name], prompts, params, args.num_draft_tokens, args.rounds, args.dtype
         )
