@@ -5,10 +5,12 @@
     accept   sample along the tree with vLLM's sampler, keep the path accept.py; engine/scorer.py
     compact  move the path's keys and values to their own slots       compact.py; engine/runner.py
 
-Read tree.py first (what a tree is), then the four above. They know nothing of vLLM; engine/ does, and nothing else but
-attention/ (a backend), plugin.py (the entry point), llm.py and bench/. config.py holds the options, serve.py turns them into
-vLLM's, metrics.py counts. train/ makes heads, evaluate/ measures them without
-vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
+Read tree.py first (what a tree is), then the four above. They know nothing of vLLM; engine/ does, attention/ (a backend),
+plugin.py (the entry point), serving/ (metrics and the live page), llm.py and bench/, and nothing else.
+
+What users set: config.py and flags.py (options), per_request.py (one request's), serve.py (turned into vLLM's). What operators see:
+metrics.py counts in the worker, stats_file.py carries it to the server, serving/ shows it, matrix.py lists what works together.
+train/ makes heads, evaluate/ measures them without vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -109,12 +109,16 @@ def _rate(found: Generated) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown, one row per combination."""
-    lines = ["| | tau | plain, tokens/s | trees, tokens/s | ratio | identical | largest gap |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | tau | plain, tokens/s | trees, tokens/s | ratio (median; rounds) | identical | largest gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for found in result["combinations"].values():
+        rounds = ", ".join(f"{ratio:.1f}" for ratio in sorted(found["speedups"]))
         gap = f"{max(found['gaps']):.3f}" if found["gaps"] else ""
         lines.append(
             f"| {found['title']} | {found['tau']:.2f} | {found['plain_tokens_per_s']:.1f} | {found['trees_tokens_per_s']:.1f} "
-            f"| {found['speedup']:.2f} | {found['identical']} of {found['prompts']} | {gap} |"
+            f"| {found['speedup']:.2f} ({rounds}) | {found['identical']} of {found['prompts']} | {gap} |"
         )
     return "\n".join(lines)
 
@@ -149,7 +153,10 @@ def main() -> None:
     params = [SamplingParams(temperature=0, max_tokens=args.max_tokens) for _ in prompts]
     result: dict[str, Any] = {
         "combinations": {},
-        "settings": {name: value if isinstance(value, int) else str(value) for name, value in vars(args).items() if name != "only"},
+        "settings": {
+            name: getattr(args, name) for name in ("dtype", "prompts", "max_tokens", "rounds", "num_draft_tokens", "threads")
+        }
+        | {"target": args.target.name, "eagle": Path(args.eagle).name, "eagle3": Path(args.eagle3).name},
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     heads = {"eagle": args.eagle, "eagle3": args.eagle3}
