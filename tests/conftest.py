@@ -23,13 +23,6 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The comparisons with logprobs go first: vLLM compiles a function for them, and after all other engine tests in the same
-    process torch has been seen to fail in that compilation, in plain vLLM, before any of our code runs.
-    """
-    items.sort(key=lambda item: item.path.name != "test_exactness.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With pytest-xdist, the tests of a file stay in one process, and all that ask the pair of servers in the same one."""
     for item in items:
         group = "pair" if "pair" in getattr(item, "fixturenames", ()) else item.nodeid.split("::")[0]

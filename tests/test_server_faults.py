@@ -176,7 +176,8 @@ def test_a_killed_process_ends_the_server_as_it_does_without_trees(role: str, tm
         expected, found = at_once(lambda server: after_a_kill(server, role), [plain, trees])
     assert found.pop("had files")
     assert not expected.pop("had files")
-    # How a stream ends, with an error or cut off, is a matter of milliseconds; the engine, ahead of its clients, may have finished one.
+    # How a stream ends, with an error or cut off, is a matter of milliseconds. The engine is ahead of its clients: it may even be
+    # done with one.
     for seen in (expected, found):
         ends = set(seen.pop("ends"))
         assert "hung" not in ends

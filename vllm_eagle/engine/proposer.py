@@ -53,9 +53,9 @@ class EagleTreeProposer(EagleProposer):
         """
         super().load_model(target_model)
         for owner, name in ((self.model.model, "embed_tokens"), (self.model, "lm_head")):
-            layer = getattr(owner, name, None)
+            layer = owner._modules.get(name)
             if isinstance(layer, BaseLayerWithLoRA):
-                setattr(owner, name, layer.base_layer)
+                owner.add_module(name, layer.base_layer)
 
     def prepare_inputs(
         self,
