@@ -13,12 +13,12 @@ from vllm.forward_context import set_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_eagle.attention.cpu import DraftLevels
 from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.grammar import DraftConstraints
 from vllm_eagle.noise import gumbel, peek_seeds
 from vllm_eagle.tree import DraftTree
@@ -106,7 +106,7 @@ class EagleTreeProposer(EagleProposer):
             chosen = torch.tensor(list(requests), device=self.device)
             rows = last_rows[chosen]
             level_pass = _LevelPass(self, common_attn_metadata, chosen, hidden[rows], self.positions[rows])
-            filters = _Filters(sampling_metadata, chosen)
+            filters = Filters(sampling_metadata, chosen)
             constraints = self._constraints(list(requests))
             trees = grow(
                 list(requests.values()),
@@ -231,26 +231,3 @@ class _LevelPass:
             last_hidden, hidden = proposer.model(**model_inputs)
         self._hidden = hidden[:rows].view(num_reqs, width, -1)
         return proposer.model.compute_logits(last_hidden[:rows]).view(num_reqs, width, -1)
-
-
-class _Filters:
-    """The target's top-k and top-p on the head's logits: what the target cannot sample is not worth drafting."""
-
-    def __init__(self, metadata: SamplingMetadata, chosen: torch.Tensor):
-        self._top_k = None if metadata.top_k is None else metadata.top_k[chosen]
-        self._top_p = None if metadata.top_p is None else metadata.top_p[chosen]
-        self._temperature = None
-        if metadata.temperature is not None:
-            temperature = metadata.temperature[chosen]
-            self._temperature = torch.where(temperature > 0, temperature, 1.0)
-        self._active = self._temperature is not None and (self._top_k is not None or self._top_p is not None)
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [num_drafting, (width,) vocab] with impossible tokens at minus infinity."""
-        if not self._active:
-            return logits
-        width = 1 if logits.dim() == 2 else logits.shape[1]
-        flat = logits.float().view(-1, logits.shape[-1])
-        temperature = self._temperature.repeat_interleave(width)[:, None]
-        top_k, top_p = (None if x is None else x.repeat_interleave(width) for x in (self._top_k, self._top_p))
-        return (apply_top_k_top_p(flat / temperature, top_k, top_p) * temperature).view(logits.shape)
