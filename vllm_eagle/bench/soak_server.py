@@ -25,8 +25,9 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # so that the log has what happened before a kill
     # By default glibc keeps freed tensors and hands them out in pieces, so that memory climbs for an hour without any leak, with
     # and without trees. With fixed thresholds they go back to the system, and what a process holds is what it uses.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 16),
+    "MALLOC_ARENA_MAX": "1",  # else each of its many threads keeps pieces of its own
 }
 # What vLLM's loggers, Python and uvicorn write when something goes wrong.
 ERROR_LINE = re.compile(r"\b(ERROR|CRITICAL|Traceback|Exception ignored|Segmentation fault)\b")
