@@ -14,6 +14,7 @@ LOG=$(mktemp)
 
 OPTIONS=(
     --speculative-model "$HEAD" --num-speculative-tokens 16           # draft trees of 16 nodes; all else is vLLM's own
+    --no-speculative-tree-budget                                      # always: trees hardly pay for a model as small as the shipped one
     --served-model-name demo --host 127.0.0.1 --port "$PORT" --max-model-len 1024
     --dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456 # for a small model on a CPU
     # Compact JSON only: left the choice, a model this small writes whitespace until its tokens are used up.

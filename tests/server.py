@@ -21,7 +21,7 @@ from vllm_eagle.pair import HEAD, TARGET
 VLLM = Path(sys.executable).with_name("vllm")
 MODEL = "shipped"  # the name under which the model is served
 MAX_MODEL_LEN = 512
-TREES = ("--speculative-model", str(HEAD), "--num-speculative-tokens", "16")
+TREES = ("--speculative-model", str(HEAD), "--num-speculative-tokens", "16", "--no-speculative-tree-budget")
 OPTIONS = (
     *("--served-model-name", MODEL, "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
     *("--enforce-eager", "--kv-cache-memory-bytes", str(1 << 28), "--block-size", "32", "--max-num-seqs", "64"),

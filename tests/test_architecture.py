@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "vllm_eagle"
 FILES = sorted(ROOT.rglob("*.py"))
-ALGORITHM = {"tree", "noise", "config", "shapes", "draft", "verify", "accept", "compact", "metrics"}
+ALGORITHM = {"tree", "noise", "config", "shapes", "draft", "verify", "accept", "compact", "metrics", "budget"}
 MAY_IMPORT_VLLM = ("plugin.py", "llm.py", "demo.py", "doctor.py", "attention/", "engine/", "bench/", "serving/", "train/")
 
 

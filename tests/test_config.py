@@ -18,7 +18,7 @@ from vllm_eagle.serve import engine_args, head_method
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nodes": 5}, "unknown option 'nodes'.*known options: confidence_scale, coupled, .*, static_shape, topk"),
+        ({"nodes": 5}, "unknown option 'nodes'.*known options: budget, confidence_scale, .*, static_shape, topk"),
         ({"mode": "beam"}, "set mode to one of dynamic, static, chain"),
         ({"topk": 0}, "topk=0 is not possible; set topk to an integer from 1 to 64"),
         ({"topk": "8"}, "topk='8' is not possible"),

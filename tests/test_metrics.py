@@ -89,7 +89,7 @@ def test_samples_are_what_was_counted() -> None:
     assert accepted == [5, 4, 4, 1, 1, 1, 1, 1]
     assert [found[f"{prefix}stage_seconds_total{{stage={stage}}}"] for stage in STAGES] == [1.5, 2.5, 0.25, 0.125]
     assert [found[f"{prefix}stage_runs_total{{stage={stage}}}"] for stage in STAGES] == [1, 1, 1, 1]
-    assert [found[f"{prefix}decisions_total{{decision={decision}}}"] for decision in DECISIONS] == [7, 2, 0, 0, 0, 0]
+    assert [found[f"{prefix}decisions_total{{decision={decision}}}"] for decision in DECISIONS] == [7, 0, 2, 0, 0, 0, 0, 0]
     assert found[prefix + "load_trees_total{requests=2-3}"] == 4
     assert found[prefix + "load_nodes_total{requests=2-3}"] == 53
     assert found[prefix + "load_trees_total{requests=512+}"] == 1

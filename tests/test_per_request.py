@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests.engines import engine, generate, tokens, tree_stats, trees
 from vllm_eagle.pair import HEAD, TARGET
@@ -73,7 +74,7 @@ def test_a_request_can_have_a_smaller_tree_or_none() -> None:
         assert max(map(depth, verified)) == 2
         assert max(tree["parents"].count(0) for tree in verified) == 4  # three children, and the root itself
 
-        with pytest.raises(ValueError, match="eagle_topk=99"):
+        with pytest.raises(VLLMValidationError, match="eagle_topk=99"):
             generate(llm, [PROMPT], params(eagle_topk=99))
         assert recorded(llm, params())[0] == expected
 

@@ -37,7 +37,7 @@ def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_promp
     with engine(model, **common) as llm:
         plain = {kind: _timed(partial(generate, llm, prompts, params)) for kind, params in kinds.items()}
     print(f"vLLM with draft trees of {num_draft_tokens} nodes ...", flush=True)
-    trees = {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {}}}
+    trees = {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {"budget": False}}}
     with engine(model, **common, **trees) as llm:
         ours = {kind: _timed(partial(generate, llm, prompts, params)) for kind, params in kinds.items()}
         llm.collective_rpc("eagle_trace", args=(1 << 30,))

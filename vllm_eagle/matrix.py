@@ -21,7 +21,7 @@ WORKS = (
     ("INT8 W8A8 (compressed-tensors)", "the head stays unquantized", "test_combine"),
     ("4-bit weights (compressed-tensors W4A16)", "the head stays unquantized", "test_combine"),
     ("tensor parallelism", "an exception in drafting ends the server there", "test_combine"),
-    ("several API servers", "without our metrics in /metrics: scrape /eagle/metrics", "test_serve_frontends"),
+    ("several API servers", "without our metrics in /metrics: scrape /eagle/metrics", "test_examples_serve"),
     ("Llama, Qwen2, Qwen3, Mistral", "", "test_families"),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "others formats through vllm-eagle convert", "test_biased_head"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),

@@ -19,9 +19,9 @@ from vllm_eagle.accept import Walk
 MAX_DEPTH = 128  # vLLM allows 128 tokens per request and step
 STAGES = ("draft", "verify", "accept", "compact")
 # Why a request got a tree, or none, after a step.
-DECISIONS = ("tree", "no_room", "switched_off", "grammar", "buffer_full", "failed")
+DECISIONS = ("tree", "budget", "no_room", "switched_off", "grammar", "buffer_full", "left_behind", "failed")
 Stage = Literal["draft", "verify", "accept", "compact"]
-Decision = Literal["tree", "no_room", "switched_off", "grammar", "buffer_full", "failed"]
+Decision = Literal["tree", "budget", "no_room", "switched_off", "grammar", "buffer_full", "left_behind", "failed"]
 # Requests in a step, for the size of trees under load: bucket i holds 2**i up to 2**(i + 1) - 1 requests.
 LOAD_BUCKETS = 10
 

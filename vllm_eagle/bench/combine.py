@@ -70,7 +70,11 @@ def measure(
         "kv_cache_memory_bytes": 1 << 28,
         "max_num_seqs": 1,
     } | combination.engine
-    trees = {"spec_model": heads[combination.head], "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {}}}
+    trees = {
+        "spec_model": heads[combination.head],
+        "spec_tokens": num_draft_tokens,
+        "additional_config": {CONFIG_KEY: {"budget": False}},
+    }
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = target if combination.scheme is None else quantize(target, folder / "quantized", combination.scheme)

@@ -49,7 +49,7 @@ def variants(head: str, temperature: float, medusa: str | None = None) -> dict[s
     """Engine arguments by name of variant."""
 
     def ours(num_draft_tokens: int, **options: Any) -> dict[str, Any]:
-        return {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: options}}
+        return {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {"budget": False} | options}}
 
     named: dict[str, dict[str, Any]] = {}
     for size in CHAIN_SIZES:

@@ -6,6 +6,7 @@ nodes, whose keys and values stay in scratch. Which nodes to draft is decided in
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
@@ -18,10 +19,23 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm_eagle.attention.cpu import DraftLevels
 from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.engine.backlog import Backlog
 from vllm_eagle.engine.filters import Filters
+from vllm_eagle.engine.first_pass import FirstPass, catching_up, divide
 from vllm_eagle.engine.grammar import DraftConstraints
 from vllm_eagle.noise import gumbel, peek_seeds
 from vllm_eagle.tree import DraftTree
+
+BACKLOG_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What the proposer does in a step."""
+
+    req_ids: list[str]  # by row in the batch
+    requests: dict[int, Request]  # those that get a tree, by row
+    rows_now: list[int]  # rising; over whose newest tokens the head is run: those, and prompts
 
 
 class EagleTreeProposer(EagleProposer):
@@ -32,18 +46,23 @@ class EagleTreeProposer(EagleProposer):
         vllm_config: VllmConfig,
         device: torch.device,
         config: TreeConfig,
-        requests_to_draft: Callable[[int], dict[int, Request]],  # most draft tokens -> requests by row in the batch
+        plan: Callable[[int], "DraftPlan"],  # most draft tokens of a request -> what to draft in this step
         constraints: Callable[[list[int]], DraftConstraints],  # of the requests at these rows in the batch
-        keep: Callable[[dict[int, DraftTree]], None],
+        keep: Callable[[dict[int, DraftTree]], dict[int, DraftTree]],  # trees by row -> what of them to verify
         paths: Callable[[], Sequence[Sequence[int]]],  # accepted nodes per request of this step, root left out
     ):
         super().__init__(vllm_config, device)
         self._config = config
-        self._requests_to_draft = requests_to_draft
+        self._plan = plan
         self._constraints = constraints
         self._keep = keep
         self._paths = paths
         self.most_level_rows = config.level_width * config.depth_limit
+        self.pass_rows: list[int] = []  # tokens in each pass of the head in the last step
+        self.num_drafting = 0  # requests that it drafted for
+        self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
+        feature_bytes = vllm_config.model_config.get_hidden_size() * (3 if self.method == "eagle3" else 1) * self.dtype.itemsize
+        self._backlog = Backlog(BACKLOG_BYTES // feature_bytes)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """As vLLM's; what the head shares with a target that takes LoRA adapters is shared without them.
@@ -95,48 +114,54 @@ class EagleTreeProposer(EagleProposer):
         slot_mappings: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]] | None = None,
     ) -> list[list[int]]:
         """Draft one tree per request; returns the tokens of nodes 1..n of each, empty for requests that cannot draft."""
-        if self.method == "eagle3":
-            target_hidden_states = self.model.combine_hidden_states(target_hidden_states)
-        last_hidden, hidden, last_rows = self._first_pass(
-            target_token_ids, target_positions, target_hidden_states, next_token_ids, common_attn_metadata
-        )
+        whole = FirstPass(target_token_ids, next_token_ids, target_positions, target_hidden_states, common_attn_metadata)
         drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
-        requests = self._requests_to_draft(num_speculative_tokens)
-        if requests:
-            chosen = torch.tensor(list(requests), device=self.device)
-            rows = last_rows[chosen]
+        self.pass_rows = []
+        step = self._plan(num_speculative_tokens)
+        for late in catching_up(whole, step.req_ids, step.rows_now, self._backlog, self.block_size, self.max_num_tokens):
+            self._first_pass(late)
+        newest = divide(whole, step.req_ids, step.rows_now, self._backlog, self.block_size)
+        if not step.rows_now:
+            return drafts
+        last_hidden, hidden, last_rows = self._first_pass(newest)
+        self.pass_rows, self.num_drafting = [len(newest.token_ids)], len(step.requests)
+        if step.requests:
+            rows = last_rows[torch.tensor([step.rows_now.index(row) for row in step.requests], device=self.device)]
+            chosen = torch.tensor(list(step.requests), device=self.device)
             level_pass = _LevelPass(self, common_attn_metadata, chosen, hidden[rows], self.positions[rows])
             filters = Filters(sampling_metadata, chosen)
-            constraints = self._constraints(list(requests))
+            constraints = self._constraints(list(step.requests))
             trees = grow(
-                list(requests.values()),
+                list(step.requests.values()),
                 filters(constraints.root(self.model.compute_logits(last_hidden[rows]))),
                 lambda level: filters(constraints.level(level, level_pass(level))),
                 self._config,
-                self._noise(requests, sampling_metadata) if self._config.coupled else None,
+                self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
             )
-            by_row = dict(zip(requests, trees, strict=True))
-            self._keep(by_row)
-            for row, tree in by_row.items():
+            for row, tree in self._keep(dict(zip(step.requests, trees, strict=True))).items():
                 drafts[row] = tree.draft_token_ids
         return drafts
 
-    def _first_pass(
-        self,
-        target_token_ids: torch.Tensor,
-        target_positions: torch.Tensor,
-        target_hidden_states: torch.Tensor,
-        next_token_ids: torch.Tensor,
-        metadata: CommonAttentionMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forget(self, req_id: str) -> None:
+        """The request has ended, or its tokens are computed anew."""
+        self._backlog.forget(req_id)
+
+    def is_lost(self, req_id: str) -> bool:
+        """Whether the head has missed too much of the request to draft for it."""
+        return self._backlog.is_lost(req_id)
+
+    def _first_pass(self, inputs: FirstPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the head over committed tokens: features for logits, features to feed back, last row of each request."""
+        features = inputs.features
+        if self.method == "eagle3":
+            features = self.model.combine_hidden_states(features)
         num_tokens, last_rows, metadata = self.set_inputs_first_pass(
-            target_token_ids=target_token_ids,
-            next_token_ids=next_token_ids,
-            target_positions=target_positions,
-            target_hidden_states=target_hidden_states,
+            target_token_ids=inputs.token_ids,
+            next_token_ids=inputs.next_token_ids,
+            target_positions=inputs.positions,
+            target_hidden_states=features,
             token_indices_to_sample=None,
-            cad=metadata,
+            cad=inputs.metadata,
             num_rejected_tokens_gpu=None,
         )
         _, per_layer_metadata = self.build_per_group_and_layer_attn_metadata(metadata)
@@ -179,6 +204,8 @@ class EagleTreeProposer(EagleProposer):
         slot_mappings: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """One pass of the head, as a first pass or a level would be; vLLM's runs one per drafted token."""
+        if self.measuring_target:
+            return
         nodes, self.num_speculative_tokens = self.num_speculative_tokens, 1
         try:
             super().dummy_run(num_tokens, use_cudagraphs, is_graph_capturing, slot_mappings)
@@ -215,6 +242,7 @@ class _LevelPass:
         # A node beyond the model's length is never scheduled; its position only has to stay inside the rotary table.
         positions = (self._positions[:, None] + level.depth).clamp(max=proposer.max_model_len - 1)
         rows = num_reqs * width
+        proposer.pass_rows.append(rows)
         mode, num_input_tokens, across_dp = proposer._determine_batch_execution_and_padding(rows)
         proposer.input_ids[:rows] = level.token_ids.flatten()
         proposer._set_positions(rows, positions.expand(-1, width).flatten())

@@ -27,10 +27,13 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_eagle import compact
 from vllm_eagle.accept import Walk
+from vllm_eagle.budget import Budget
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.draft import Request
+from vllm_eagle.engine import costs
+from vllm_eagle.engine.costs import StepClock
 from vllm_eagle.engine.grammar import TreeGrammars
-from vllm_eagle.engine.proposer import EagleTreeProposer
+from vllm_eagle.engine.proposer import DraftPlan, EagleTreeProposer
 from vllm_eagle.engine.scorer import PADDING, EagleTreeScorer
 from vllm_eagle.metrics import TreeMetrics, TreeTrace
 from vllm_eagle.per_request import RequestOptions
@@ -60,12 +63,16 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         self._grammar_output: GrammarOutput | None = None  # of this step: what the scheduler's grammars allow
         self._grammars = TreeGrammars(self.vllm_config)
         self._options: dict[str, RequestOptions] = {}  # by request id
+        self._prompt_rows: list[int] = []  # rows of this step that hold more than the last token and its tree
+        self.budget: Budget | None = None  # from `measure_costs` on; None: as many nodes as allowed
+        self._clock = StepClock(metrics)
+        self._depth = 0  # levels to draft in this step
         self.scorer = EagleTreeScorer(self.sampler)
         self.drafter = EagleTreeProposer(
             self.vllm_config,
             self.device,
             self.tree_config,
-            requests_to_draft=self._requests_to_draft,
+            plan=self._plan,
             constraints=lambda rows: self._grammars.constraints([self.input_batch.req_ids[row] for row in rows]),
             keep=self._keep_trees,
             paths=lambda: [walk.path for walk in self._walks],
@@ -91,16 +98,55 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                 if reasons:
                     raise ValueError(f"vllm_eagle cannot run draft trees with layer {name}: {'; '.join(reasons)}")
 
-    def _keep_trees(self, trees: dict[int, DraftTree]) -> None:
+    def measure_costs(self) -> None:
+        """Find out what passes cost here, for the budget; takes seconds."""
+        if not self.tree_config.budget:
+            return
+
+        def target_pass(num_tokens: int) -> None:
+            hidden, _ = self._dummy_run(num_tokens)
+            if self.lora_config is None:  # with adapters, logits want a real batch
+                self.model.compute_logits(hidden[:num_tokens])
+
+        def head_pass(num_tokens: int) -> None:
+            self.drafter.dummy_run(num_tokens)
+            self.drafter.model.compute_logits(self.drafter.hidden_states[:num_tokens])
+
+        most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.tree_config.num_draft_tokens))
+        self.drafter.measuring_target = True
+        try:
+            target = costs.measure(target_pass, most)
+        finally:
+            self.drafter.measuring_target = False
+        head = costs.measure(head_pass, most)
+        target, head = (costs.agreed(curve) for curve in (target, head))
+        self.budget = Budget(target, head, self.tree_config.num_draft_tokens, self.tree_config.depth_limit)
+        for name, curve in (("target", target), ("head", head)):
+            points = ", ".join(f"{tokens}: {1e3 * seconds:.1f}" for tokens, seconds in curve.points)
+            logger.info("Draft trees: milliseconds of a pass of the %s by tokens in it: %s", name, points)
+
+    def _keep_trees(self, trees: dict[int, DraftTree]) -> dict[int, DraftTree]:
+        self.tree_metrics.add("num_drafted", sum(tree.num_nodes - 1 for tree in trees.values()))
+        if self.budget is not None:
+            scores, depths = ([x[1:] for x in each] for each in zip(*((t.scores, t.depths) for t in trees.values()), strict=True))
+            numbers = self.budget.keep(scores, depths, self._depth, self._num_decoding)
+            trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
-            self.tree_metrics.add("num_drafted", tree.num_nodes - 1)
+            self.tree_metrics.count_decision("tree" if tree.num_nodes > 1 else "budget")
+        return trees
+
+    @property
+    def _num_decoding(self) -> int:
+        """Requests that will be in the next pass with their last token."""
+        return self.input_batch.num_reqs - int(self.discard_request_mask.np[: self.input_batch.num_reqs].sum())
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._stored.pop(req_id, None)
         self._options.pop(req_id, None)
         self._grammars.forget(req_id)
+        self.drafter.forget(req_id)
 
     def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
         # vLLM stops drafting for the whole batch when one request nears the model's length; we stop per request.
@@ -116,6 +162,12 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         ends = np.cumsum(num_scheduled_tokens)
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         self._scheduled = [self._scheduled_tree(req_id, scheduled.get(req_id, [])) for req_id in self.input_batch.req_ids]
+        computed, in_prompt = self.input_batch.num_computed_tokens_cpu, self.input_batch.num_prompt_tokens
+        self._prompt_rows = [
+            row
+            for row, tree in enumerate(self._scheduled)
+            if num_scheduled_tokens[row] > tree.num_nodes or computed[row] < in_prompt[row]
+        ]
         # A chain, and a root alone, is what vLLM expects: its own kernel, positions and slots are right as they are.
         with_tree = [row for row, tree in enumerate(self._scheduled) if not tree.is_chain]
         self._tree_batch = None
@@ -176,6 +228,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
     @torch.inference_mode()
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, timed."""
+        self._clock.start_step()
         with self.tree_metrics.timed("verify"):
             return super().execute_model(*args, **kwargs)
 
@@ -204,6 +257,12 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         num_reqs = len(self._walks)
         self.tree_metrics.add("num_passes")
         self.tree_metrics.counts["num_requests"] = num_reqs
+        verified = [walk for row, walk in enumerate(self._walks) if walk.tree.num_nodes > 1 and row not in discarded]
+        if self.budget is not None:
+            for walk in verified:
+                accepted = np.zeros(walk.tree.num_nodes)
+                accepted[walk.path] = 1
+                self.budget.calibration.update(walk.tree.scores[1:], accepted[1:])
         for row, walk in enumerate(self._walks):
             if walk.tree.num_nodes > 1 and row not in discarded:
                 self.tree_metrics.count_verification(walk.tree.num_nodes - 1, len(walk.path), num_reqs)
@@ -261,8 +320,11 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             self.tree_metrics.count_decision("failed", len(self.input_batch.req_ids))
             return [[] for _ in self.input_batch.req_ids]
         try:
+            self._learn_costs(args[0])
             with self.tree_metrics.timed("draft"):
-                return super().propose_draft_token_ids(*args, **kwargs)
+                drafts = super().propose_draft_token_ids(*args, **kwargs)
+            self._clock.end_step()
+            return drafts
         except Exception:
             if self.parallel_config.tensor_parallel_size > 1:
                 raise
@@ -273,6 +335,27 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             self.tree_metrics.counts["speculation_off"] = 1
             self._stored.clear()
             return [[] for _ in self.input_batch.req_ids]
+
+    def _learn_costs(self, scheduler_output: SchedulerOutput) -> None:
+        """Tell the budget what this step's pass and the last step's drafting took."""
+        if self.budget is None:
+            return
+        gap_s, pass_s, draft_s = costs.agree(self._clock.read())
+        if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
+            self.budget.saw_gap(gap_s)
+        if not self._prompt_rows:
+            self.budget.target.correct(scheduler_output.total_num_scheduled_tokens, pass_s)
+        if len(self.drafter.pass_rows) > 1:
+            self.budget.saw_drafting(draft_s, self.drafter.num_drafting, self.drafter.pass_rows)
+
+    def _plan(self, most_draft_tokens: int) -> DraftPlan:
+        """What to draft for the next step."""
+        for row in self._prompt_rows:  # computed anew from the start, if the head has missed something of it
+            self.drafter.forget(self.input_batch.req_ids[row])
+        num_decoding = self._num_decoding
+        self._depth = self.tree_config.depth_limit if self.budget is None or not num_decoding else self.budget.depth(num_decoding)
+        requests = self._requests_to_draft(most_draft_tokens)
+        return DraftPlan(list(self.input_batch.req_ids), requests, sorted({*requests, *self._prompt_rows}))
 
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
@@ -291,15 +374,18 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                 self.tree_metrics.count_decision("buffer_full")
             elif not self._grammars.ready(req_id):
                 self.tree_metrics.count_decision("grammar")
+            elif self._depth == 0:
+                self.tree_metrics.count_decision("budget")
+            elif self.drafter.is_lost(req_id):
+                self.tree_metrics.count_decision("left_behind")
             else:
-                self.tree_metrics.count_decision("tree")
                 params = self.requests[req_id].sampling_params
                 num_tokens = int(self.input_batch.num_tokens_no_spec[row])
                 requests[row] = Request(
                     root_token_id=int(self.input_batch.token_ids_cpu[row, num_tokens - 1]),
                     num_draft_tokens=min(room, options.num_draft_tokens),
                     temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
-                    max_depth=options.max_depth,
+                    max_depth=min(options.max_depth, self._depth),
                     topk=1 if self._grammars.drafts_chain(req_id) else options.topk,
                 )
         return requests

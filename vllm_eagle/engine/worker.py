@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_eagle import stats_file
 from vllm_eagle.engine import seams, support
@@ -49,6 +50,11 @@ class EagleTreeCPUWorker(CPUWorker):
         if not isinstance(self.model_runner, EagleTreeCPUModelRunner):
             self.model_runner.__class__ = EagleTreeCPUModelRunner
         self.model_runner.init_trees(self._metrics())
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Measure what passes cost; then as vLLM's, which resets the random state at the end."""
+        self.model_runner.measure_costs()
+        return super().compile_or_warm_up_model()
 
     def _metrics(self) -> TreeMetrics:
         """Counters, which the server's front end can see if both are on one machine."""

@@ -9,10 +9,12 @@ const HIDDEN = ' Words are not shown: "show_text": true in the server\'s "vllm_e
 const SMALLEST = 0.88; // trees shrink to this before they are scrolled
 const DECISIONS = {
   tree: "got a tree",
+  budget: "would not pay",
   no_room: "no room left",
   switched_off: "request wants none",
   grammar: "grammar not ready",
   buffer_full: "batch too large",
+  left_behind: "head left behind",
   failed: "drafting failed",
 };
 

@@ -1,0 +1,193 @@
+"""The budget: against exhaustive search, and that it stops where speculation does not pay."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_eagle.budget import Budget, Calibration, CostCurve, best_number
+
+FLAT = CostCurve([1, 64], [0.02, 0.02])  # a pass costs the same whatever it holds: memory-bound
+LINEAR = CostCurve([1, 64], [0.001, 0.064])  # every token costs the same: compute-bound
+
+
+# ---- cost
+
+
+def test_a_curve_goes_through_its_points_and_on() -> None:
+    curve = CostCurve([1, 4, 16], [1.0, 2.0, 6.0])
+    np.testing.assert_allclose(curve(np.array([1, 4, 10, 16, 19])), [1, 2, 4, 6, 7])
+
+
+def test_a_curve_never_falls() -> None:
+    assert (np.diff(CostCurve([1, 2, 4, 8], [1.0, 0.9, 1.5, 1.2])(np.arange(1, 20))) >= 0).all()
+
+
+def test_a_curve_follows_what_passes_take() -> None:
+    curve = CostCurve([1, 4, 16], [1.0, 2.0, 6.0])
+    for _ in range(400):
+        curve.correct(10, 8.0)
+        curve.correct(1, 1.0)
+    np.testing.assert_allclose(curve(np.array([10, 1])), [8.0, 1.0], rtol=0.02)
+
+
+def test_one_disturbed_pass_changes_little() -> None:
+    curve = CostCurve([1, 16], [1.0, 6.0])
+    curve.correct(16, 600.0)
+    assert float(curve(np.array(16))) < 6.7
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds"), [([], []), ([1, 2], [1.0]), ([2, 2], [1.0, 1.0]), ([2, 1], [1.0, 1.0]), ([1, 2], [1.0, 0.0])]
+)
+def test_impossible_curves(tokens: list[int], seconds: list[float]) -> None:
+    with pytest.raises(ValueError, match="cost curve"):
+        CostCurve(tokens, seconds)
+
+
+# ---- calibration
+
+
+def test_the_confidence_counts_until_something_was_seen() -> None:
+    scores = np.array([-0.005, -0.4, -1.3, -3.5, -12.0, -np.inf])
+    np.testing.assert_allclose(Calibration()(scores), np.exp(scores), atol=0.06)
+
+
+def test_a_head_that_is_too_sure_is_seen_through() -> None:
+    calibration, generator = Calibration(), np.random.default_rng(0)
+    for _ in range(200):
+        scores = -generator.exponential(1.0, 64)
+        calibration.update(scores, generator.random(64) < np.exp(2 * scores))  # half as good in log as it thinks
+    scores = np.array([-0.15, -0.6, -1.25, -2.2])
+    np.testing.assert_allclose(calibration(scores), np.exp(2 * scores), atol=0.05)
+
+
+@given(st.lists(st.tuples(st.floats(-20, 0), st.booleans()), min_size=1, max_size=60), st.integers(0, 2**32 - 1))
+def test_more_confident_is_never_less_probable(seen: list[tuple[float, bool]], seed: int) -> None:
+    calibration = Calibration()
+    calibration.update(np.array([score for score, _ in seen]), np.array([accepted for _, accepted in seen]))
+    found = calibration(np.sort(-np.random.default_rng(seed).exponential(3.0, 50)))
+    assert (np.diff(found) >= -1e-12).all()
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+# ---- how many nodes
+
+
+@given(
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=0, max_size=3), min_size=1, max_size=4),
+    st.lists(st.floats(0.01, 1.0), min_size=13, max_size=13),
+    st.floats(0, 1),
+)
+def test_as_good_as_exhaustive_search(factors: list[list[float]], steps: list[float], drafting_s: float) -> None:
+    """Chains of up to three nodes for up to four requests: no choice of prefixes promises more tokens per second."""
+    chains = [np.cumprod(chain) for chain in factors]
+    cost = CostCurve(range(1, 14), np.cumsum(steps).tolist())
+    pool = np.sort(np.concatenate([np.zeros(0), *chains]))[::-1]
+    number, rate = best_number(pool, len(chains), cost, drafting_s)
+    rates = []
+    for lens in product(*(range(len(chain) + 1) for chain in chains)):
+        expected = len(chains) + sum(chain[:n].sum() for chain, n in zip(chains, lens, strict=True))
+        rates.append(expected / (float(cost(np.array(len(chains) + sum(lens)))) + drafting_s))
+    assert rate == pytest.approx(max(rates))
+    assert 0 <= number <= len(pool)
+
+
+def budget(target: CostCurve, head: CostCurve, steps: int = 300, requests: int = 4) -> Budget:
+    """One that has seen trees of a good head for a while."""
+    made = Budget(target, head, num_draft_tokens=16, depth_limit=8)
+    for _ in range(steps):
+        scores, depths = tree()
+        made.keep([scores] * requests, [depths] * requests, 8, requests)
+    return made
+
+
+def tree() -> tuple[np.ndarray, np.ndarray]:
+    """A chain of 8 likely nodes and 8 less likely brothers."""
+    chain = np.cumsum(np.full(8, -0.2))
+    scores, depths = np.concatenate([chain, chain - 2.0]), np.tile(np.arange(1, 9), 2)
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], depths[order]
+
+
+CHEAP_HEAD = CostCurve([1, 64], [1e-4, 2e-4])
+
+
+def test_where_passes_are_free_everything_is_drafted_and_verified() -> None:
+    made = budget(FLAT, CHEAP_HEAD)
+    assert made.depth(1) == 8
+    scores, depths = tree()
+    assert made.keep([scores], [depths], 8, 1) == [16]
+
+
+def test_where_tokens_cost_what_they_yield_nothing_is_drafted() -> None:
+    made = budget(LINEAR, CHEAP_HEAD)
+    assert [made.depth(4) for _ in range(20)] == [0] * 20
+    scores, depths = tree()
+    assert made.keep([scores - 0.4] * 4, [depths] * 4, 8, 4) == [0] * 4  # though drafting is paid for
+
+
+def test_a_head_as_slow_as_the_target_is_not_asked() -> None:
+    assert budget(FLAT, FLAT).depth(1) == 0
+
+
+def test_a_slower_head_is_asked_for_fewer_levels() -> None:
+    depths = [budget(FLAT, CostCurve([1, 64], [s, s])).depth(1) for s in (1e-4, 2e-3, 4e-3, 1e-2)]
+    assert depths == sorted(depths, reverse=True)
+    assert depths[0] == 8
+    assert 0 < depths[2] < 8
+
+
+def test_trees_shrink_as_load_grows() -> None:
+    """Free up to 16 tokens, then every token costs."""
+    roofline = CostCurve([1, 16, 1024], [0.02, 0.02, 1.3])
+    made = budget(roofline, CHEAP_HEAD)
+    scores, depths = tree()
+    nodes = [sum(made.keep([scores] * n, [depths] * n, 8, n)) / n for n in (1, 4, 16, 64)]
+    assert nodes == sorted(nodes, reverse=True)
+    assert nodes[0] > 10
+    assert nodes[-1] < 3
+
+
+def test_sure_requests_get_the_nodes_of_hopeless_ones() -> None:
+    made = budget(CostCurve([1, 16, 1024], [0.02, 0.02, 1.3]), CHEAP_HEAD)
+    scores, depths = tree()
+    sure, hopeless = made.keep([scores, scores - 4.0], [depths, depths], 8, 2)
+    assert sure > 3 * hopeless
+
+
+def test_it_looks_again_less_and_less_often_and_sees_a_change() -> None:
+    made = budget(LINEAR, CHEAP_HEAD)
+    depths = [made.depth(4) for _ in range(2000)]
+    probes = np.flatnonzero(depths)
+    assert 4 <= len(probes) <= 12
+    assert (np.diff(np.diff(probes)) >= 0).all()
+    made.target = FLAT
+    assert made.depth(4) == 8
+
+
+def test_no_trees() -> None:
+    made = budget(FLAT, CHEAP_HEAD)
+    assert made.keep([], [], 3, 5) == []
+    assert made.keep([np.zeros(0)], [np.zeros(0, int)], 3, 5) == [0]
+
+
+def test_costs_of_drafting_and_of_the_gap_are_followed() -> None:
+    made = budget(FLAT, CHEAP_HEAD)
+    for _ in range(300):
+        made.saw_drafting(0.08, 1, [1, *[4] * 7])
+        made.saw_gap(0.005)
+    assert float(made.head(np.array([1, *[4] * 7])).sum()) == pytest.approx(0.08, rel=0.1)
+    assert made.outside_s == pytest.approx(0.005, rel=0.05)
+    assert made.depth(1) < 8
+
+
+def test_same_numbers_same_decisions() -> None:
+    """Ranks of tensor parallelism are given the same numbers."""
+    one, other = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)
+    scores, depths = tree()
+    for _ in range(50):
+        assert one.depth(3) == other.depth(3)
+        assert one.keep([scores] * 3, [depths] * 3, 8, 3) == other.keep([scores] * 3, [depths] * 3, 8, 3)

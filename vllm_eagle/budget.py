@@ -1,0 +1,205 @@
+"""How many nodes to verify, how deep to draft, and whether to draft at all: what a pass costs against what it is likely to yield.
+
+A node is worth its probability of being accepted; a pass costs T(tokens in it). All nodes of all requests compete in one pool: the
+n most probable are kept for which `(requests + sum of their probabilities) / (T(requests + n) + seconds of drafting)` is largest,
+which is the expected number of tokens per second. Sure requests get large trees, hopeless ones none; under load n falls to 0.
+
+Numbers in, numbers out: no clock and no chance, so that ranks which are given the same numbers decide alike. numpy only.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+NEVER = float("-inf")
+_STEP = 0.05  # how fast a cost follows what is measured
+_OUTLIER = 3.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
+
+
+class CostCurve:
+    """Seconds of a pass over so many tokens: straight lines between measured points, corrected by what passes take."""
+
+    def __init__(self, tokens: Sequence[int], seconds: Sequence[float]):
+        """From measurements at increasing numbers of tokens.
+
+        Raises:
+            ValueError: there are none, the numbers do not increase, or a time is not positive.
+        """
+        self._tokens = np.asarray(tokens, np.float64)
+        self._seconds = np.asarray(seconds, np.float64)
+        if len(self._tokens) == 0 or len(self._tokens) != len(self._seconds):
+            raise ValueError(f"a cost curve needs as many times as numbers of tokens, got {len(tokens)} and {len(seconds)}")
+        if (np.diff(self._tokens) <= 0).any() or (self._seconds <= 0).any():
+            raise ValueError("a cost curve needs increasing numbers of tokens and positive times")
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """Tokens and seconds, as of now."""
+        return list(zip(self._tokens.astype(int).tolist(), self._seconds.tolist(), strict=True))
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Seconds, never less for more tokens; beyond the last point the last slope goes on."""
+        tokens = np.asarray(tokens, np.float64)
+        seconds = np.maximum.accumulate(self._seconds)
+        inside = np.interp(tokens, self._tokens, seconds)
+        if len(seconds) < 2:
+            return inside * np.maximum(tokens / self._tokens[0], 1.0)
+        slope = (seconds[-1] - seconds[-2]) / (self._tokens[-1] - self._tokens[-2])
+        return inside + np.maximum(tokens - self._tokens[-1], 0.0) * slope
+
+    def correct(self, tokens: int, seconds: float) -> None:
+        """A pass over `tokens` took `seconds`: move the two points around it a little that way."""
+        if seconds <= 0:
+            return  # the clock was set back
+        expected = float(self(np.array(tokens)))
+        ratio = min(max(seconds / expected, 1 / _OUTLIER), _OUTLIER)
+        right = int(np.searchsorted(self._tokens, tokens).clip(1, len(self._tokens) - 1)) if len(self._tokens) > 1 else 0
+        left = max(right - 1, 0)
+        span = self._tokens[right] - self._tokens[left]
+        share = 0.0 if span == 0 else float(np.clip((tokens - self._tokens[left]) / span, 0.0, 1.0))
+        for point, weight in ((left, 1 - share), (right, share)):
+            self._seconds[point] *= 1 + _STEP * weight * (ratio - 1)
+
+
+class Calibration:
+    """The probability that a drafted node is accepted, from the score that the head gave its path.
+
+    The score is the sum of log confidences. Nodes are counted in buckets of scores; old counts fade. Until a bucket has seen
+    enough, the confidence itself counts. The result never falls as the score rises, so the most probable nodes always form trees.
+    """
+
+    _EDGES = np.array([-7, -5, -4, -3, -2.5, -2, -1.5, -1, -0.75, -0.5, -0.35, -0.2, -0.1, -0.06, -0.03, -0.01])
+    _PRIOR = 20.0  # nodes that the head's own confidence stands for
+    _HALF_LIFE = 4000.0  # nodes of a bucket
+
+    def __init__(self) -> None:
+        middles = (self._EDGES[1:] + self._EDGES[:-1]) / 2
+        self._centers = np.concatenate([[1.3 * self._EDGES[0]], middles, [self._EDGES[-1] / 2]])
+        self._verified = np.zeros(len(self._centers))
+        self._accepted = np.zeros(len(self._centers))
+
+    def update(self, scores: np.ndarray, accepted: np.ndarray) -> None:
+        """Count verified nodes: scores [n] and whether each was accepted [n]."""
+        buckets = self._buckets(scores)
+        verified = np.bincount(buckets, minlength=len(self._centers))
+        fade = 0.5 ** (verified / self._HALF_LIFE)
+        self._verified = self._verified * fade + verified
+        self._accepted = self._accepted * fade + np.bincount(buckets, weights=accepted, minlength=len(self._centers))
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Probabilities of nodes with these scores; minus infinity gives 0."""
+        prior = np.exp(self._centers)
+        found = (self._accepted + self._PRIOR * prior) / (self._verified + self._PRIOR)
+        known = np.interp(scores, self._centers, np.maximum.accumulate(found))
+        below = scores < self._centers[0]  # further down the confidence says how fast it goes on
+        tail = known * np.exp(np.where(below & np.isfinite(scores), scores - self._centers[0], 0.0))
+        return np.where(np.isfinite(scores), np.where(below, tail, known), 0.0)
+
+    def _buckets(self, scores: np.ndarray) -> np.ndarray:
+        """Ascending, as the centers are."""
+        return np.searchsorted(self._EDGES, scores, side="right")
+
+
+def best_number(probabilities: np.ndarray, num_requests: int, cost: CostCurve, drafting_s: float = 0.0) -> tuple[int, float]:
+    """How many nodes to verify, and the tokens per second to expect then.
+
+    Args:
+        probabilities: of all nodes of all requests to be accepted, [num_nodes], falling.
+        num_requests: in the pass; each has one token that is no draft and emits one more than it accepts.
+        cost: seconds of a target pass.
+        drafting_s: what drafting cost; it is spent whatever is verified.
+    """
+    num_nodes = np.arange(len(probabilities) + 1)
+    expected = num_requests + np.concatenate([[0.0], np.cumsum(probabilities)])
+    rates = expected / (cost(num_requests + num_nodes) + drafting_s)
+    best = int(rates.argmax())
+    return best, float(rates[best])
+
+
+class Budget:
+    """Decides for one engine. `depth` says how deep to draft before a step is drafted, `keep` what of it to verify."""
+
+    _FADE = 0.05  # how fast the profile follows the last trees
+    _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
+    _MARGIN = 1.02  # drafting must promise so much more than plain decoding; below it noise decides
+
+    def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
+        self.target, self.head = target, head
+        self.calibration = Calibration()
+        self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
+        self._depth_limit = depth_limit
+        # [depth - 1, i] mean probability of a request's i-th best node among those not deeper than `depth`. Hopeful at first.
+        hopeful = 0.7 ** np.arange(1, num_draft_tokens + 1)
+        self._profile = np.stack([np.where(np.arange(num_draft_tokens) < 2 * d, hopeful, 0.0) for d in range(1, depth_limit + 1)])
+        self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth; 0 is the root
+        self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
+        self._last = 0
+
+    def depth(self, num_requests: int) -> int:
+        """How many levels to draft for so many requests; 0 is plain decoding. Now and then as many as possible, to learn."""
+        rates = self.rates(num_requests)
+        best = int(rates.argmax())
+        if rates[best] < self._MARGIN * rates[0]:
+            best = 0
+        self._steps_since_probe += 1
+        if best == self._depth_limit:
+            self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
+        elif self._steps_since_probe >= self._probe_every:
+            # What was learned again and again is asked less and less often.
+            self._probe_every = min(2 * self._probe_every, self._PROBE_AT_MOST) if best == self._last else self._PROBE_EVERY
+            self._steps_since_probe, self._last = 0, best
+            return self._depth_limit
+        return best
+
+    def rates(self, num_requests: int) -> np.ndarray:
+        """Tokens per second to expect of drafting 0, 1, ... levels, each with its best number of nodes: [depth_limit + 1]."""
+        drafting_s = np.cumsum(self.head(num_requests * self._rows))
+        nodes = np.arange(self._profile.shape[1] + 1)
+        seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
+        expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._profile.cumsum(1)], 1))
+        return np.concatenate([[num_requests / seconds[0]], (expected / (seconds + drafting_s[:, None])).max(1)])
+
+    def keep(self, scores: Sequence[np.ndarray], depths: Sequence[np.ndarray], drafted_depth: int, num_requests: int) -> list[int]:
+        """How many nodes of each tree to verify.
+
+        Args:
+            scores: per tree, of its nodes without the root, falling; float [num_nodes].
+            depths: likewise, from 1; int [num_nodes].
+            drafted_depth: how many levels were drafted.
+            num_requests: in the coming pass, those without a tree included.
+        """
+        most = max(map(len, scores), default=0)
+        if most == 0:
+            return [0] * len(scores)
+        padded, levels = np.full((len(scores), most), NEVER), np.zeros((len(scores), most), np.int64)
+        for i, (row, depth) in enumerate(zip(scores, depths, strict=True)):
+            padded[i, : len(row)], levels[i, : len(row)] = row, depth
+        probabilities = self.calibration(padded)
+        self._learn(probabilities, levels, drafted_depth)
+        # A stable sort keeps a parent ahead of a child that is as probable.
+        order = np.argsort(-probabilities, axis=None, kind="stable")
+        order = order[np.isfinite(padded).ravel()[order]]
+        drafting_s = float(self.head(num_requests * self._rows[:drafted_depth]).sum())
+        number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, drafting_s + self.outside_s)
+        counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
+        return counts
+
+    def saw_drafting(self, seconds: float, num_requests: int, rows: Sequence[int]) -> None:
+        """Drafting took `seconds`: the head ran over `rows` tokens, pass by pass, the first one over the committed tokens."""
+        if seconds <= 0:
+            return
+        expected = float(self.head(np.array(rows)).sum())
+        for number in set(rows):
+            self.head.correct(number, float(self.head(np.array(number))) * seconds / expected)
+        passes = min(len(rows), self._depth_limit)
+        self._rows[1:passes] += self._FADE * (np.array(rows[1:passes]) / num_requests - self._rows[1:passes])
+
+    def saw_gap(self, seconds: float) -> None:
+        """Between the end of a step and the start of the next one lay `seconds`."""
+        self.outside_s += self._FADE * (min(seconds, _OUTLIER * max(self.outside_s, 1e-3)) - self.outside_s)
+
+    def _learn(self, probabilities: np.ndarray, levels: np.ndarray, drafted_depth: int) -> None:
+        width = min(probabilities.shape[1], self._profile.shape[1])
+        for depth in range(1, drafted_depth + 1):
+            best = -np.sort(-np.where(levels <= depth, probabilities, 0.0), axis=1)[:, :width]
+            self._profile[depth - 1, :width] += self._FADE * (best.mean(0) - self._profile[depth - 1, :width])
