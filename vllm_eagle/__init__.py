@@ -14,20 +14,21 @@ metrics.py counts in the worker, stats_file.py carries it to the server, serving
 train/ makes heads, evaluate/ measures them without vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle.config import TreeConfig
-from vllm_eagle.tree import DraftTree
-
 if TYPE_CHECKING:
+    from vllm_eagle.config import TreeConfig
     from vllm_eagle.llm import LLM
+    from vllm_eagle.tree import DraftTree
 
 __all__ = ["LLM", "DraftTree", "TreeConfig"]
 
+# Imported when asked for: bootstrap.py runs before numpy is installed, and vLLM takes seconds.
+_HOMES = {"LLM": "llm", "DraftTree": "tree", "TreeConfig": "config"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":  # imports vLLM, which takes seconds; trees and options do without
-        from vllm_eagle.llm import LLM
-
-        return LLM
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"vllm_eagle.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
