@@ -22,13 +22,6 @@ settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist, the tests of a file stay in one process, and all that ask the pair of servers in the same one."""
-    for item in items:
-        group = "pair" if "pair" in getattr(item, "fixturenames", ()) else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A random target with an EAGLE-1 and an EAGLE-3 head."""

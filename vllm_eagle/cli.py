@@ -70,6 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--medusa", help="Medusa heads for the target, as another variant")
     compare.add_argument("--json", type=Path, help="write the result here, too")
     compare.set_defaults(run=_compare)
+
+    bench = commands.add_parser("bench", help="output tokens per second: plain vLLM, its own drafters, our trees, at rising load")
+    _add_models(bench)
+    bench.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
+    bench.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="requests at once (default %(default)s)")
+    bench.add_argument("--rounds", type=int, default=5, help="in which all variants take turns (default %(default)s)")
+    bench.add_argument("--temperature", type=float, default=0.0)
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--max-tokens", type=int, default=96)
+    bench.add_argument("--num-draft-tokens", type=int, default=16, help="most nodes per tree (default %(default)s)")
+    bench.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    bench.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
+    bench.add_argument("--threads", type=int, help="OpenMP threads per engine (default: vLLM's choice)")
+    bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -125,6 +140,27 @@ def _compare(args: argparse.Namespace) -> int:
         medusa=args.medusa,
     )
     return run(settings, args.json)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from vllm_eagle.bench.throughput import Settings, run
+
+    model, head = _pair(args)
+    settings = Settings(
+        model=model,
+        head=head,
+        prompts=args.prompts,
+        temperature=args.temperature,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        dtype=args.dtype,
+        concurrency=tuple(args.concurrency),
+        rounds=args.rounds,
+        num_draft_tokens=args.num_draft_tokens,
+        only=args.only,
+        threads=args.threads,
+    )
+    return run(settings, args.out)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def measure(
 
 
 def _rate(found: Generated) -> float:
-    return sum(map(len, found.token_ids)) / found.seconds
+    return found.tokens / found.seconds
 
 
 def table(result: dict[str, Any]) -> str:

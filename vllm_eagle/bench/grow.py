@@ -5,6 +5,7 @@ its MLPs and adds layers on top. New MLP units have zero columns in `down_proj`,
 that is new adds exact zeros; other new weights are random. Logits are equal up to the order in which a matrix product is summed.
 """
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def grow(
     return folder
 
 
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--num-layers", type=int, default=NUM_LAYERS, help="default: %(default)s")
+    parser.add_argument("--intermediate-size", type=int, default=INTERMEDIATE_SIZE, help="default: %(default)s")
+    args = parser.parse_args()
+    try:
+        print(grow(args.source, args.folder, args.num_layers, args.intermediate_size))
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def _widen(name: str, tensor: torch.Tensor, more: int, generator: torch.Generator) -> torch.Tensor:
     """An MLP weight with more units: random inputs, outputs of zero."""
     if name.endswith(("gate_proj.weight", "up_proj.weight")):
@@ -70,3 +85,7 @@ def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.dim() == 1:
         return tensor.clone()
     return (torch.randn(tensor.shape, generator=generator) * tensor.float().std()).to(tensor.dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,13 @@ class Generated:
     texts: list[str]
     seconds: float
     tau: float  # mean tokens per target pass of decoding, by vLLM's own counters; 1 without speculation
+    first_token_s: list[float] = field(default_factory=list)  # per answer, from asking
+    next_token_s: list[float] = field(default_factory=list)  # per answer, mean over its tokens after the first
+
+    @property
+    def tokens(self) -> int:
+        """All output tokens."""
+        return sum(map(len, self.token_ids))
 
 
 def prepare_environment() -> None:
@@ -83,6 +90,11 @@ def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["Samplin
         texts=[output.outputs[0].text for output in outputs],
         seconds=seconds,
         tau=1 + accepted / drafts if drafts else 1.0,
+        first_token_s=[output.metrics.first_token_latency for output in outputs],
+        next_token_s=[
+            (output.metrics.last_token_ts - output.metrics.first_token_ts) / max(1, len(output.outputs[0].token_ids) - 1)
+            for output in outputs
+        ],
     )
 
 
