@@ -33,10 +33,22 @@ def test_a_curve_follows_what_passes_take() -> None:
     np.testing.assert_allclose(curve(np.array([10, 1])), [8.0, 1.0], rtol=0.02)
 
 
-def test_one_disturbed_pass_changes_little() -> None:
+def test_a_disturbed_pass_changes_little_and_is_soon_forgotten() -> None:
     curve = CostCurve([1, 16], [1.0, 6.0])
     curve.correct(16, 600.0)
-    assert float(curve(np.array(16))) < 6.7
+    assert float(curve(np.array(16))) < 7.6
+    for _ in range(20):
+        curve.correct(16, 6.0)
+    assert float(curve(np.array(16))) == pytest.approx(6.0, rel=0.03)
+
+
+def test_what_all_passes_have_in_common_is_learned_at_once() -> None:
+    """Real passes take 20 ms more than those measured at start."""
+    curve = CostCurve([1, 4, 16, 64], [0.018, 0.018, 0.030, 0.074])
+    for _ in range(4):
+        for tokens, seconds in ((4, 0.038), (16, 0.050)):
+            curve.correct(tokens, seconds)
+    np.testing.assert_allclose(curve(np.array([4, 16, 64])), [0.038, 0.050, 0.094], rtol=0.15)
 
 
 @pytest.mark.parametrize(

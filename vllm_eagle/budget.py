@@ -13,11 +13,16 @@ import numpy as np
 
 NEVER = float("-inf")
 _STEP = 0.05  # how fast a cost follows what is measured
-_OUTLIER = 3.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
+_FAST_STEP = 0.2  # ... and what all passes have in common, which every pass tells
+_OUTLIER = 2.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
 
 
 class CostCurve:
-    """Seconds of a pass over so many tokens: straight lines between measured points, corrected by what passes take."""
+    """Seconds of a pass over so many tokens: straight lines between measured points, corrected by what passes take.
+
+    A real pass takes longer than the one that was measured at start, by something that hardly depends on its size (attention,
+    sampling, Python, other processes on the same cores): an offset, learned quickly. The points follow slowly.
+    """
 
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]):
         """From measurements at increasing numbers of tokens.
@@ -27,6 +32,7 @@ class CostCurve:
         """
         self._tokens = np.asarray(tokens, np.float64)
         self._seconds = np.asarray(seconds, np.float64)
+        self._offset_s = 0.0
         if len(self._tokens) == 0 or len(self._tokens) != len(self._seconds):
             raise ValueError(f"a cost curve needs as many times as numbers of tokens, got {len(tokens)} and {len(seconds)}")
         if (np.diff(self._tokens) <= 0).any() or (self._seconds <= 0).any():
@@ -35,12 +41,12 @@ class CostCurve:
     @property
     def points(self) -> list[tuple[int, float]]:
         """Tokens and seconds, as of now."""
-        return list(zip(self._tokens.astype(int).tolist(), self._seconds.tolist(), strict=True))
+        return list(zip(self._tokens.astype(int).tolist(), (self._seconds + self._offset_s).tolist(), strict=True))
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds, never less for more tokens; beyond the last point the last slope goes on."""
         tokens = np.asarray(tokens, np.float64)
-        seconds = np.maximum.accumulate(self._seconds)
+        seconds = np.maximum.accumulate(self._seconds) + self._offset_s
         inside = np.interp(tokens, self._tokens, seconds)
         if len(seconds) < 2:
             return inside * np.maximum(tokens / self._tokens[0], 1.0)
@@ -48,7 +54,7 @@ class CostCurve:
         return inside + np.maximum(tokens - self._tokens[-1], 0.0) * slope
 
     def correct(self, tokens: int, seconds: float) -> None:
-        """A pass over `tokens` took `seconds`: move the two points around it a little that way."""
+        """A pass over `tokens` took `seconds`: move the offset and the two points around it that way."""
         if seconds <= 0:
             return  # the clock was set back
         expected = float(self(np.array(tokens)))
@@ -59,6 +65,8 @@ class CostCurve:
         share = 0.0 if span == 0 else float(np.clip((tokens - self._tokens[left]) / span, 0.0, 1.0))
         for point, weight in ((left, 1 - share), (right, share)):
             self._seconds[point] *= 1 + _STEP * weight * (ratio - 1)
+        error_s = expected * (ratio - 1)
+        self._offset_s = max(0.0, self._offset_s + _FAST_STEP * error_s)
 
 
 class Calibration:
