@@ -134,6 +134,7 @@ class Budget:
     def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
         self.target, self.head = target, head
         self.calibration = Calibration()
+        self.tree_s = 0.0  # what a branching tree adds to a pass besides its tokens: another attention kernel
         self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
         self._depth_limit = depth_limit
         # [depth - 1, i] mean probability of a request's i-th best node among those not deeper than `depth`. Hopeful at first.
@@ -161,7 +162,7 @@ class Budget:
 
     def rates(self, num_requests: int) -> np.ndarray:
         """Tokens per second to expect of drafting 0, 1, ... levels, each with its best number of nodes: [depth_limit + 1]."""
-        drafting_s = np.cumsum(self.head(num_requests * self._rows))
+        drafting_s = np.cumsum(self.head(num_requests * self._rows)) + num_requests * self.tree_s
         nodes = np.arange(self._profile.shape[1] + 1)
         seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
         expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._profile.cumsum(1)], 1))
@@ -191,6 +192,19 @@ class Budget:
         number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, drafting_s + self.outside_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
+
+    def saw_pass(self, seconds: float, num_tokens: int, num_trees: int) -> None:
+        """A target pass over so many tokens, of requests with and without branching trees, took `seconds`.
+
+        Only passes without trees correct the target's curve. So plain decoding is never thought to be dearer than it is: it is
+        tried where trees promise less, and measured then.
+        """
+        if not num_trees:
+            self.target.correct(num_tokens, seconds)
+        elif seconds > 0:
+            expected_s = float(self.target(np.array(num_tokens)))
+            extra_s = min(max(seconds - expected_s, 0.0), 2 * _OUTLIER * expected_s) / num_trees
+            self.tree_s += _FAST_STEP * (extra_s - self.tree_s)
 
     def saw_drafting(self, seconds: float, num_requests: int, rows: Sequence[int]) -> None:
         """Drafting took `seconds`: the head ran over `rows` tokens, pass by pass, the first one over the committed tokens."""

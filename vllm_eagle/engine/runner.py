@@ -344,7 +344,8 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
             self.budget.saw_gap(gap_s)
         if not self._prompt_rows:
-            self.budget.target.correct(scheduler_output.total_num_scheduled_tokens, pass_s)
+            num_trees = sum(not tree.is_chain for tree in self._scheduled)
+            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, num_trees)
         if len(self.drafter.pass_rows) > 1:
             self.budget.saw_drafting(draft_s, self.drafter.num_drafting, self.drafter.pass_rows)
 
