@@ -155,8 +155,10 @@ def started(log: Path, *options: str, model: Path = TARGET, environment: Mapping
             start_new_session=True,  # a process group of its own
         )
     url = f"http://127.0.0.1:{port}"
+    # The server closes a connection that was idle for 5 s; the client lets go of it first, or a request may meet the closing.
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     try:
-        with httpx.Client(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+        with httpx.Client(base_url=url, timeout=120, limits=limits) as http:
             yield Server(url, log, process, http)
     finally:
         end(process)
