@@ -4,6 +4,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
+from vllm_eagle import native
 from vllm_eagle.attention import cpu_cache, cpu_kernel, reference
 from vllm_eagle.tree import node_depths
 
@@ -22,18 +23,31 @@ def ancestors_of(parents: list[int], size: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads", [(6, 2, 64), (32, 8, 128), (4, 4, 32)])
+@pytest.fixture(params=[True, False], ids=["native", "torch"])
+def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With our C++ operators, which are built here wherever a compiler is, and without them."""
+    assert native.problem() is None
+    monkeypatch.setattr(native, "runs", lambda: request.param)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(
+    ("isa", "dtype"),  # AMX packs by offsets, in bfloat16 alone
+    [("vec", torch.float32), ("vec", torch.bfloat16), ("vec", torch.float16), ("amx", torch.bfloat16)],
+)
+@pytest.mark.parametrize("heads", [(6, 2, 64), (32, 8, 128), (4, 4, 32), (3, 1, 80)])
 @pytest.mark.parametrize(
     "sizes",
     [
         [(1, 40)],  # (nodes, context)
         [(17, 100), (1, 33), (5, 1), (61, 257)],
         [(8, 31), (24, 32), (60, 64)],
-        [(16, 1000)],
+        [(16, 1600), (3, 0)],  # a context that threads share
     ],
 )
-def test_tree_attention_equals_the_reference(dtype: torch.dtype, heads: tuple[int, int, int], sizes: list[tuple[int, int]]) -> None:
+def test_tree_attention_equals_the_reference(
+    isa: str, dtype: torch.dtype, heads: tuple[int, int, int], sizes: list[tuple[int, int]]
+) -> None:
     num_heads, num_kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(0)
 
@@ -53,7 +67,7 @@ def test_tree_attention_equals_the_reference(dtype: torch.dtype, heads: tuple[in
         positions = torch.arange(context)
         key, value = random(context, num_kv_heads, head_dim), random(context, num_kv_heads, head_dim)
         slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
-        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, "vec")
+        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
         contexts.append((key, value))
     nodes = torch.tensor([n for n, _ in sizes])
     first_rows = torch.tensor([3 + 2 * i for i in range(len(sizes))]) + nodes.cumsum(0) - nodes
@@ -63,12 +77,11 @@ def test_tree_attention_equals_the_reference(dtype: torch.dtype, heads: tuple[in
     parents = [random_parents(n, generator) for n, _ in sizes]
     ancestors = torch.stack([ancestors_of(p, int(nodes.max())) for p in parents])
 
-    layout = cpu_cache.probe_layout("vec", dtype, BLOCK, head_dim)
-    context = cpu_kernel.Context.of(tables, torch.tensor([c for _, c in sizes]), BLOCK, int(nodes.max()))
-    read = cpu_cache.read_blocks(kv_cache, layout, context.blocks)
+    layout = cpu_cache.probe_layout(isa, dtype, BLOCK, head_dim)
     output = torch.full((num_rows, num_heads, head_dim), 7.0, dtype=dtype)
-    rows = cpu_kernel.TreeRows(first_rows, nodes, ancestors)
-    cpu_kernel.tree_attention(query, key, value, *read, context, rows, head_dim**-0.5, output)
+    context_lens = torch.tensor([c for _, c in sizes])
+    rows = cpu_kernel.TreeRows(tables, context_lens, first_rows, nodes, first_rows, nodes, ancestors)
+    cpu_kernel.tree_attention(query, key, value, kv_cache, layout, rows, head_dim**-0.5, output)
 
     untouched = torch.ones(num_rows, dtype=torch.bool)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
@@ -83,22 +96,53 @@ def test_tree_attention_equals_the_reference(dtype: torch.dtype, heads: tuple[in
     assert (output[untouched] == 7.0).all()
 
 
+@pytest.mark.usefixtures("operators")
+def test_rows_and_keys_of_their_own() -> None:
+    """A level of the drafter: two rows of each tree see keys of three earlier nodes and their own."""
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(4, 4, 32, generator=generator)
+    key, value = (torch.randn(10, 2, 32, generator=generator) for _ in range(2))
+    visible = torch.rand(2, 2, 5, generator=generator) < 0.6
+    visible[..., 0] = True
+    layout = cpu_cache.probe_layout("vec", torch.float32, BLOCK, 32)
+    pairs, fives = torch.tensor([0, 2]), torch.tensor([0, 5])
+    rows = cpu_kernel.TreeRows(
+        torch.zeros(2, 1, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.long),
+        pairs,
+        torch.full((2,), 2),
+        fives,
+        torch.full((2,), 5),
+        visible,
+    )
+    output = torch.zeros_like(query)
+    cpu_kernel.tree_attention(query, key, value, torch.zeros(1, 2, BLOCK, 64), layout, rows, 0.2, output)
+    for tree in range(2):
+        scores = torch.einsum("rhd,khd->hrk", query[2 * tree :][:2], key[5 * tree :][:5].repeat_interleave(2, 1)) * 0.2
+        weights = scores.masked_fill(~visible[tree], float("-inf")).softmax(-1)
+        expected = torch.einsum("hrk,khd->rhd", weights, value[5 * tree :][:5].repeat_interleave(2, 1))
+        torch.testing.assert_close(output[2 * tree :][:2], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("operators")
 def test_a_wrong_mask_changes_the_result() -> None:
     """The comparison above would notice a node that sees its sibling."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(3, 2, 32, generator=generator) for _ in range(3))
-    context = cpu_kernel.Context.of(torch.ones(1, 1, dtype=torch.int32), torch.tensor([0]), BLOCK, 3)
-    empty = torch.zeros(BLOCK, 2, 32)
+    layout = cpu_cache.probe_layout("vec", torch.float32, BLOCK, 32)
+    zero, three = torch.tensor([0]), torch.tensor([3])
     outputs = []
     for parents in ([0, 0, 0], [0, 0, 1]):
-        rows = cpu_kernel.TreeRows(torch.tensor([0]), torch.tensor([3]), ancestors_of(parents, 3)[None])
+        table = torch.zeros(1, 1, dtype=torch.int32)
+        rows = cpu_kernel.TreeRows(table, zero, zero, three, zero, three, ancestors_of(parents, 3)[None])
         output = torch.zeros(3, 2, 32)
-        cpu_kernel.tree_attention(query, key, value, empty, empty, context, rows, 1.0, output)
+        cpu_kernel.tree_attention(query, key, value, torch.zeros(1, 2, BLOCK, 64), layout, rows, 1.0, output)
         outputs.append(output)
     assert torch.equal(outputs[0][:2], outputs[1][:2])
     assert not torch.allclose(outputs[0][2], outputs[1][2], atol=1e-2)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize(
     ("isa", "dtype", "block_size", "head_dim"),
     [
@@ -109,7 +153,7 @@ def test_a_wrong_mask_changes_the_result() -> None:
         ("amx", torch.bfloat16, 128, 96),
     ],
 )
-def test_tokens_are_read_back_from_every_packing(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
+def test_tokens_are_read_and_moved_in_every_packing(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
     layout = cpu_cache.probe_layout(isa, dtype, block_size, head_dim)
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(2 * block_size, 3, head_dim, generator=generator).to(dtype)
@@ -120,7 +164,13 @@ def test_tokens_are_read_back_from_every_packing(isa: str, dtype: torch.dtype, b
     ops.cpu_attn_reshape_and_cache(key, value, *cpu_cache.split_block(kv_cache), slots, isa)
     for found, written in zip(cpu_cache.read_blocks(kv_cache, layout, blocks), (key, value), strict=True):
         assert torch.equal(found, written)
-    some = torch.tensor([5, block_size + 3, 1])
-    for found, written in zip(cpu_cache.read_slots(kv_cache, layout, slots[some]), (key, value), strict=True):
-        assert torch.equal(found, written[some])
+    # Each is overwritten by the next: all are read first, in every layer.
+    sources, targets = slots[[5, block_size + 3, 1, 2]], slots[[7, 5, block_size + 3, 1]]
+    layers = [kv_cache, kv_cache.clone()]
+    cpu_cache.move_slots(layers, layout, sources, targets)
+    moved = torch.arange(2 * block_size)
+    moved[[7, 5, block_size + 3, 1]] = torch.tensor([5, block_size + 3, 1, 2])
+    for layer in layers:
+        for found, written in zip(cpu_cache.read_blocks(layer, layout, blocks), (key, value), strict=True):
+            assert torch.equal(found, written[moved])
     assert layout.key_is_transposed == isa.startswith("vec")

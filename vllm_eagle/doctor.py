@@ -60,15 +60,10 @@ def _findings() -> Iterator[Finding]:
 
 
 def _cpu_findings() -> Iterator[Finding]:
-    import torch
-    import vllm._custom_ops  # noqa: F401  loads the CPU kernels
+    from vllm_eagle import native
 
-    from vllm_eagle.attention.cpu_kernel import masked_kernel_runs
-
-    if masked_kernel_runs(torch.bfloat16):
-        yield "ok", "tree kernel", "extend_attention_cpu for bfloat16, torch for other dtypes"
-    else:
-        yield "note", "tree kernel", "vLLM's masked kernel does not run on this CPU; torch is used, which is slower"
+    problem = native.problem()
+    yield ("note", "C++ operators", f"{problem}; torch is used, which is slower") if problem else ("ok", "C++ operators", "built")
     preload = os.environ.get("LD_PRELOAD", "")
     for library in ("libtcmalloc", "libiomp5"):
         if library in preload:

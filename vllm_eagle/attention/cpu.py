@@ -5,6 +5,7 @@ and values are written by vLLM as always: node i of a tree goes to the slot of p
 table.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from vllm_eagle.verify import TreeBatch
 class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata and, in a pass that verifies trees, how its rows divide."""
 
-    trees: tuple[cpu_kernel.Context, cpu_kernel.TreeRows] | None = None  # of the requests that have one; None: no tree in this pass
+    trees: cpu_kernel.TreeRows | None = None  # of the requests that have one; None: no tree in this pass
     plain: CPUAttentionMetadata | None = None  # the requests without a tree, as a batch of their own; None: there are none
     plain_rows: torch.Tensor | None = None  # [num_plain_tokens] int64
 
@@ -34,42 +35,35 @@ class DraftLevels:
     """Metadata of the head's passes over tree levels: one context per request, keys and values of the nodes so far.
 
     The nodes' keys and values are scratch: the next step's first pass computes those of accepted tokens anew from the target's
-    true features. Rows of earlier levels are attended again with each level, which costs less than a second kernel would.
+    true features.
     """
 
-    def __init__(self, block_table: torch.Tensor, context_lens: torch.Tensor, block_size: int, most_rows: int):
-        self.context = cpu_kernel.Context.of(block_table, context_lens, block_size, most_rows)
-        self.width = 0  # rows per request of the newest level
-        self.tree_rows: cpu_kernel.TreeRows | None = None
-        self._contexts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._rows: dict[str, list[torch.Tensor]] = {}  # query, key, value: [num_reqs, rows so far, heads, head_dim]
+    def __init__(self, block_table: torch.Tensor, context_lens: torch.Tensor):
+        self._block_table, self._context_lens = block_table, context_lens
+        self._nodes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: [num_reqs, nodes so far, kv_heads, head_dim]
+        self.rows: cpu_kernel.TreeRows | None = None
 
     def start(self, level: Level) -> None:
         """Announce the rows of the next pass."""
-        num_reqs, self.width, num_rows = level.ancestors.shape
-        before = num_rows - self.width
-        square = torch.zeros(num_reqs, num_rows, num_rows, dtype=torch.bool)
-        if self.tree_rows is not None:
-            square[:, :before, :before] = self.tree_rows.ancestors
-        square[:, before:] = level.ancestors
-        first_rows = torch.arange(num_reqs) * num_rows
-        self.tree_rows = cpu_kernel.TreeRows(first_rows, torch.full_like(first_rows, num_rows), square)
+        num_reqs, width, num_nodes = level.ancestors.shape
+        index = torch.arange(num_reqs)
+        self.rows = cpu_kernel.TreeRows(
+            self._block_table,
+            self._context_lens,
+            first_rows=index * width,
+            num_rows=torch.full_like(index, width),
+            first_keys=index * num_nodes,
+            num_keys=torch.full_like(index, num_nodes),
+            visible=level.ancestors,
+        )
 
-    def context_of(
-        self, layer_name: str, kv_cache: torch.Tensor, layout: cpu_cache.PackedLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The context's keys and values, read from the cache once per step."""
-        if layer_name not in self._contexts:
-            self._contexts[layer_name] = cpu_cache.read_blocks(kv_cache, layout, self.context.blocks)
-        return self._contexts[layer_name]
-
-    def add_rows(self, layer_name: str, new: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Append query, key and value [num_reqs * width, heads, head_dim]; returns those of all levels."""
-        new = [x.unflatten(0, (-1, self.width)) for x in new]
-        if layer_name in self._rows:
-            new = [torch.cat(pair, dim=1) for pair in zip(self._rows[layer_name], new, strict=True)]
-        self._rows[layer_name] = new
-        return new
+    def add(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [num_reqs * width, kv_heads, head_dim]; returns those of all levels, request by request."""
+        new = [x.unflatten(0, (len(self._context_lens), -1)) for x in (key, value)]
+        if layer_name in self._nodes:
+            new = [torch.cat(pair, dim=1) for pair in zip(self._nodes[layer_name], new, strict=True)]
+        self._nodes[layer_name] = new[0], new[1]
+        return new[0].flatten(0, 1), new[1].flatten(0, 1)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -99,16 +93,16 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def attach(self, metadata: TreeCPUAttentionMetadata, batch: TreeBatch) -> None:
         """Divide the rows of `metadata` into those of `batch`'s trees and the rest."""
         with_tree = torch.from_numpy(batch.req_indices)
-        context = cpu_kernel.Context.of(
+        first_rows, num_rows = torch.from_numpy(batch.first_rows), torch.from_numpy(batch.num_nodes)
+        metadata.trees = cpu_kernel.TreeRows(
             metadata.block_table[with_tree],
             torch.from_numpy(batch.context_lens),
-            self.block_size,
-            most_rows=batch.depths.shape[1],
+            first_rows,
+            num_rows,
+            first_keys=first_rows,
+            num_keys=num_rows,
+            visible=torch.from_numpy(batch.ancestors),
         )
-        rows = cpu_kernel.TreeRows(
-            torch.from_numpy(batch.first_rows), torch.from_numpy(batch.num_nodes), torch.from_numpy(batch.ancestors)
-        )
-        metadata.trees = context, rows
         query_lens = metadata.query_start_loc.diff()
         is_plain = torch.ones(len(query_lens), dtype=torch.bool)
         is_plain[with_tree] = False
@@ -156,9 +150,8 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             return self._draft(layer, query, key, value, kv_cache, attn_metadata, output)
         if attn_metadata is None or attn_metadata.trees is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        context, tree_rows = attn_metadata.trees
-        context_key, context_value = cpu_cache.read_blocks(kv_cache, self._layout(layer, kv_cache), context.blocks)
-        cpu_kernel.tree_attention(query, key, value, context_key, context_value, context, tree_rows, self.scale, output)
+        layout = self._layout(layer, kv_cache)
+        cpu_kernel.tree_attention(query, key, value, kv_cache, layout, attn_metadata.trees, self.scale, output)
         if attn_metadata.plain is not None:
             rows = attn_metadata.plain_rows
             plain_output = torch.empty_like(output[rows])
@@ -191,24 +184,16 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         levels: DraftLevels,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        assert levels.tree_rows is not None
-        num_new = levels.tree_rows.ancestors.shape[0] * levels.width
-        name = layer.layer_name
-        context_key, context_value = levels.context_of(name, kv_cache, self._layout(layer, kv_cache))
-        rows = levels.add_rows(name, [query[:num_new], key[:num_new], value[:num_new]])
-        queries, keys, values = (x.flatten(0, 1) for x in rows)
-        attended = torch.empty_like(queries)
-        cpu_kernel.tree_attention(
-            queries, keys, values, context_key, context_value, levels.context, levels.tree_rows, self.scale, attended
-        )
-        attended = attended.view_as(rows[0])
-        output[:num_new] = attended[:, -levels.width :].flatten(0, 1)
+        assert levels.rows is not None
+        num_new = levels.rows.visible.shape[0] * levels.rows.visible.shape[1]
+        keys, values = levels.add(layer.layer_name, key[:num_new], value[:num_new])
+        cpu_kernel.tree_attention(query, keys, values, kv_cache, self._layout(layer, kv_cache), levels.rows, self.scale, output)
         return output
 
-    def move_slots(self, layer: AttentionLayer, kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy keys and values from slots to slots, [num_moves] int64 each; all are read before any is written."""
-        key, value = cpu_cache.read_slots(kv_cache, self._layout(layer, kv_cache), sources)
-        self.do_kv_cache_update(layer, key, value, kv_cache, targets)
+    def move_slots(self, layers: Sequence[AttentionLayer], sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy keys and values of layers like this one from slots to slots, [num_moves] int64 each; none is overwritten unread."""
+        kv_caches = [layer.kv_cache for layer in layers]
+        cpu_cache.move_slots(kv_caches, self._layout(layers[0], kv_caches[0]), sources, targets)
 
     def _layout(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> cpu_cache.PackedLayout:
         return cpu_cache.probe_layout(layer.isa, kv_cache.dtype, kv_cache.shape[2], self.head_size)

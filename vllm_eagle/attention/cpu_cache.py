@@ -1,23 +1,26 @@
-"""Read single tokens out of vLLM's packed CPU KV cache.
+"""Read and move single tokens in vLLM's packed CPU KV cache.
 
 vLLM's CPU kernels pack a block for the instruction set at hand (`isa`): keys transposed for AVX-512, in pairs for AMX, and so
-on. Writing goes through vLLM's own op; for reading, the layout is not guessed but probed: one block is written with known values
-and read back, which gives the offset of every (token, channel). A new packing in a new wheel is thus followed, not broken.
+on. vLLM's own op writes new tokens; for the rest the layout is not guessed but probed: one block is written with known values and
+read back, which gives the offset of every (token, channel). A new packing in a new wheel is thus followed, not broken.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from vllm import _custom_ops as ops
 
+from vllm_eagle import native
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
     """Offsets inside the keys (or values) of one block and head: block_size * head_dim numbers."""
 
-    key_offsets: torch.Tensor  # [block_size, head_dim] int64
-    value_offsets: torch.Tensor  # [block_size, head_dim] int64
+    key_offsets: torch.Tensor  # [block_size, head_dim] int32
+    value_offsets: torch.Tensor  # [block_size, head_dim] int32
     key_is_transposed: bool  # keys are exactly [head_dim, block_size]
     value_is_plain: bool  # values are exactly [block_size, head_dim]
 
@@ -39,7 +42,7 @@ def probe_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -
         offsets.append(table)
     plain = torch.arange(block_size * head_dim).view(block_size, head_dim)
     transposed = plain.reshape(head_dim, block_size).t()
-    return PackedLayout(offsets[0], offsets[1], torch.equal(offsets[0], transposed), torch.equal(offsets[1], plain))
+    return PackedLayout(offsets[0].int(), offsets[1].int(), torch.equal(offsets[0], transposed), torch.equal(offsets[1], plain))
 
 
 def _probe(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,18 +91,23 @@ def read_blocks(
     return out[0].flatten(0, 1), out[1].flatten(0, 1)
 
 
-def read_slots(
-    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_dim], vLLM's logical view
+def move_slots(
+    kv_caches: Sequence[torch.Tensor],  # of one shape, each [num_blocks, num_kv_heads, block_size, 2 * head_dim]
     layout: PackedLayout,
-    slots: torch.Tensor,  # [num_tokens] int64
-) -> tuple[torch.Tensor, torch.Tensor]:  # keys and values, [num_tokens, num_kv_heads, head_dim]
-    """Copy single tokens out."""
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
-    packed = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * width // 2)
-    block = (slots // block_size)[:, None, None]
-    head = torch.arange(num_kv_heads)[None, :, None]
-    token = slots % block_size
-    return (
-        packed[block, head, 0, layout.key_offsets[token][:, None]],
-        packed[block, head, 1, layout.value_offsets[token][:, None]],
-    )
+    sources: torch.Tensor,  # [num_tokens] int64
+    targets: torch.Tensor,  # [num_tokens] int64
+) -> None:
+    """Copy single tokens; all are read before any is written."""
+    if native.runs():
+        torch.ops.vllm_eagle.move_slots(kv_caches, layout.key_offsets, layout.value_offsets, sources, targets)
+        return
+    num_blocks, num_kv_heads, block_size, width = kv_caches[0].shape
+    heads = torch.arange(num_kv_heads)[None, :, None]
+    places = [
+        [(slots[:, None, None] // block_size, heads, kind, offsets[slots % block_size][:, None]) for slots in (sources, targets)]
+        for kind, offsets in enumerate((layout.key_offsets, layout.value_offsets))
+    ]
+    for kv_cache in kv_caches:
+        packed = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * width // 2)
+        for source, target in places:
+            packed[target] = packed[source]

@@ -57,7 +57,6 @@ class EagleTreeProposer(EagleProposer):
         self._constraints = constraints
         self._keep = keep
         self._paths = paths
-        self.most_level_rows = config.level_width * config.depth_limit
         self.pass_rows: list[int] = []  # tokens in each pass of the head in the last step
         self.num_drafting = 0  # requests that it drafted for
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
@@ -227,12 +226,7 @@ class _LevelPass:
         self._proposer = proposer
         self._positions = root_positions
         self._hidden = root_hidden[:, None]  # [num_drafting, width, hidden] of the previous level
-        self._levels = DraftLevels(
-            metadata.block_table_tensor[chosen],
-            metadata.seq_lens[chosen].long(),
-            proposer.block_size,
-            most_rows=proposer.most_level_rows,
-        )
+        self._levels = DraftLevels(metadata.block_table_tensor[chosen], metadata.seq_lens[chosen].long())
 
     def __call__(self, level: Level) -> torch.Tensor:
         proposer = self._proposer

@@ -282,21 +282,15 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         if len(index) == 0:
             return
         rows = batch.req_indices[index]
-        done: set[int] = set()
+        context = self.compilation_config.static_forward_context
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            block_table = self.input_batch.block_table[gid].get_numpy_array()
-            for name in group.layer_names:
-                layer = self.compilation_config.static_forward_context[name]
-                kv_cache = layer.kv_cache
-                # The head's own layer holds no tree nodes; layers that share a cache are moved once.
-                if name in self.drafter._draft_attn_layer_names or kv_cache.data_ptr() in done:
-                    continue
-                done.add(kv_cache.data_ptr())
-                block_size = kv_cache.shape[2]
-                from_slots, to_slots = (
-                    torch.from_numpy(compact.slots(block_table, rows, x, block_size)) for x in (sources, targets)
-                )
-                layer.impl.move_slots(layer, kv_cache, from_slots, to_slots)
+            # The head's own layer holds no tree nodes; layers that share a cache are moved once.
+            names = set(group.layer_names).difference(self.drafter._draft_attn_layer_names)
+            layers = list({context[name].kv_cache.data_ptr(): context[name] for name in names}.values())
+            if layers:
+                block_table, block_size = self.input_batch.block_table[gid].get_numpy_array(), layers[0].kv_cache.shape[2]
+                slots = (torch.from_numpy(compact.slots(block_table, rows, x, block_size)) for x in (sources, targets))
+                layers[0].impl.move_slots(layers, *slots)
         self.tree_metrics.add("num_moved", len(index))
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

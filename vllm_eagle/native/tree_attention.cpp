@@ -1,0 +1,261 @@
+// Attention from tree rows to a context in vLLM's paged CPU cache and to the keys of the tree itself, in float32.
+//
+// Softmax runs over tiles of 32 keys, with a running maximum (Milakov and Gimelshein 2018; FlashAttention, arXiv 2205.14135). A
+// tile is unpacked once and used by all rows of the query heads that share it. Long contexts are cut into parts that threads share;
+// parts are merged at the end (flash-decoding).
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t TILE = 32;  // keys
+constexpr int64_t ROWS = 6;   // query rows computed together
+constexpr int64_t LANES = 32; // channels of the output computed together
+constexpr int64_t PART = 512; // context tokens of a part, at least
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// One tile of keys and values, unpacked. Keys lie channel by channel, so that a row's scores of all keys grow side by side.
+struct Tile {
+  explicit Tile(int64_t width) : width(width), keys(width * TILE), values(TILE * width) {}
+  int64_t width;  // channels, rounded up to LANES; the rest stays zero
+  int64_t count = 0;
+  std::vector<float> keys;    // [width, TILE]
+  std::vector<float> values;  // [TILE, width]
+};
+
+// What the query rows of one head of keys have gathered so far.
+struct Rows {
+  Rows(int64_t count, int64_t width)
+      : count((count + ROWS - 1) / ROWS * ROWS), width(width), queries(this->count * width), sums(this->count * width),
+        most(this->count, NEVER), weights(this->count, 0.0f) {}
+  int64_t count, width;
+  std::vector<float> queries;  // [count, width], scaled
+  std::vector<float> sums;     // [count, width]
+  std::vector<float> most;     // [count] greatest score
+  std::vector<float> weights;  // [count] sum of exp(score - most)
+};
+
+// exp(x) of x <= 0, within two units of the last place; 0 below -87. The compiler turns loops over this one, but not over
+// std::exp, into vector instructions. Polynomial: Cephes, expf.
+inline float exp_of(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer
+  const float power = shifted - 12582912.0f;
+  const float rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;
+  float sum = 1.9875691500e-4f;
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = sum * rest + next;
+  sum = sum * rest * rest + rest + 1.0f;
+  const float found = sum * std::bit_cast<float>((static_cast<int>(power) + 127) << 23);
+  return x < -87.0f ? 0.0f : found;
+}
+
+// Let all rows see the tile. `visible`: of the tree's rows by key, `stride` apart; null if every key is visible.
+void attend(Rows& rows, const Tile& tile, const bool* visible, int64_t stride, int64_t group) {
+  const int64_t width = rows.width, count = tile.count;
+  for (int64_t first = 0; first < rows.count; first += ROWS) {
+    float scores[ROWS][TILE] = {};
+    const float* query = &rows.queries[first * width];
+    for (int64_t c = 0; c < width; ++c) {
+      const float* key = &tile.keys[c * TILE];
+      for (int64_t r = 0; r < ROWS; ++r) {
+#pragma omp simd
+        for (int64_t t = 0; t < TILE; ++t) scores[r][t] += query[r * width + c] * key[t];
+      }
+    }
+    for (int64_t r = 0; r < ROWS; ++r) {
+      if (visible != nullptr) {
+        const bool* sees = visible + std::min((first + r) / group, rows.count / group - 1) * stride;
+        for (int64_t t = 0; t < count; ++t) scores[r][t] = sees[t] ? scores[r][t] : NEVER;
+      }
+      for (int64_t t = count; t < TILE; ++t) scores[r][t] = NEVER;
+      float most = rows.most[first + r];
+      for (int64_t t = 0; t < TILE; ++t) most = std::max(most, scores[r][t]);
+      if (most == NEVER) {
+        std::fill(scores[r], scores[r] + TILE, 0.0f);
+        continue;
+      }
+      const float shrink = std::exp(rows.most[first + r] - most);
+      float weight = 0.0f;
+#pragma omp simd reduction(+ : weight)
+      for (int64_t t = 0; t < TILE; ++t) {
+        scores[r][t] = exp_of(scores[r][t] - most);
+        weight += scores[r][t];
+      }
+      rows.weights[first + r] = rows.weights[first + r] * shrink + weight;
+      rows.most[first + r] = most;
+      if (shrink != 1.0f) {
+        float* sum = &rows.sums[(first + r) * width];
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) sum[c] *= shrink;
+      }
+    }
+    for (int64_t c = 0; c < width; c += LANES) {
+      float sums[ROWS][LANES] = {};
+      for (int64_t t = 0; t < count; ++t) {
+        const float* value = &tile.values[t * width + c];
+        for (int64_t r = 0; r < ROWS; ++r) {
+#pragma omp simd
+          for (int64_t lane = 0; lane < LANES; ++lane) sums[r][lane] += scores[r][t] * value[lane];
+        }
+      }
+      for (int64_t r = 0; r < ROWS; ++r) {
+        float* sum = &rows.sums[(first + r) * width + c];
+#pragma omp simd
+        for (int64_t lane = 0; lane < LANES; ++lane) sum[lane] += sums[r][lane];
+      }
+    }
+  }
+}
+
+// Unpack tokens start .. start + count of one block and head. Offsets are null for the packing of vLLM's AVX kernels: keys channel
+// by channel, values token by token.
+template <typename T>
+void unpack(Tile& tile, const T* keys, const T* values, const int* key_offsets, const int* value_offsets, int64_t start,
+            int64_t count, int64_t block_size, int64_t head_dim) {
+  tile.count = count;
+  if (key_offsets == nullptr) {
+    for (int64_t c = 0; c < head_dim; ++c)
+      for (int64_t t = 0; t < count; ++t) tile.keys[c * TILE + t] = static_cast<float>(keys[c * block_size + start + t]);
+  } else {
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t c = 0; c < head_dim; ++c)
+        tile.keys[c * TILE + t] = static_cast<float>(keys[key_offsets[(start + t) * head_dim + c]]);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const int* offsets = value_offsets == nullptr ? nullptr : value_offsets + (start + t) * head_dim;
+    const T* row = values + (start + t) * head_dim;
+    float* to = &tile.values[t * tile.width];
+    if (offsets == nullptr) {
+      for (int64_t c = 0; c < head_dim; ++c) to[c] = static_cast<float>(row[c]);
+    } else {
+      for (int64_t c = 0; c < head_dim; ++c) to[c] = static_cast<float>(values[offsets[c]]);
+    }
+  }
+}
+
+template <typename T>
+void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache,
+         const at::Tensor& key_offsets, const at::Tensor& value_offsets, const at::Tensor& block_table,
+         const at::Tensor& context_lens, const at::Tensor& first_rows, const at::Tensor& num_rows, const at::Tensor& first_keys,
+         const at::Tensor& num_keys, const at::Tensor& visible, double scale, at::Tensor& output) {
+  const int64_t num_trees = first_rows.size(0), num_kv_heads = key.size(1), head_dim = query.size(2);
+  const int64_t group = query.size(1) / num_kv_heads, block_size = kv_cache.size(2);
+  const int64_t width = (head_dim + LANES - 1) / LANES * LANES;
+  const T *queries = query.const_data_ptr<T>(), *tree_keys = key.const_data_ptr<T>(), *tree_values = value.const_data_ptr<T>();
+  const T* cache = kv_cache.const_data_ptr<T>();
+  T* out = output.mutable_data_ptr<T>();
+  const int* key_at = key_offsets.numel() ? key_offsets.const_data_ptr<int>() : nullptr;
+  const int* value_at = value_offsets.numel() ? value_offsets.const_data_ptr<int>() : nullptr;
+  const int* blocks = block_table.const_data_ptr<int>();
+  const int64_t *lens = context_lens.const_data_ptr<int64_t>(), *row_starts = first_rows.const_data_ptr<int64_t>();
+  const int64_t *row_counts = num_rows.const_data_ptr<int64_t>(), *key_starts = first_keys.const_data_ptr<int64_t>();
+  const int64_t* key_counts = num_keys.const_data_ptr<int64_t>();
+  const bool* masks = visible.const_data_ptr<bool>();
+
+  // A part is a stretch of one tree's context; the last one also holds the tree's own keys.
+  struct Part {
+    int64_t tree, start, end;
+    bool last;
+  };
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_trees; ++i) total += lens[i];
+  const int64_t share = total * num_kv_heads / std::max<int64_t>(1, 2 * at::get_num_threads());
+  const int64_t length = std::max(PART, (share + TILE - 1) / TILE * TILE);
+  std::vector<Part> parts;
+  std::vector<int64_t> first_parts;
+  for (int64_t i = 0; i < num_trees; ++i) {
+    first_parts.push_back(static_cast<int64_t>(parts.size()));
+    if (row_counts[i] == 0) continue;
+    for (int64_t start = 0; start == 0 || start < lens[i]; start += length)
+      parts.push_back({i, start, std::min(start + length, lens[i]), start + length >= lens[i]});
+  }
+  first_parts.push_back(static_cast<int64_t>(parts.size()));
+
+  std::vector<Rows> gathered(parts.size() * num_kv_heads, Rows(0, width));
+  at::parallel_for(0, static_cast<int64_t>(gathered.size()), 1, [&](int64_t begin, int64_t end) {
+    Tile tile(width);
+    for (int64_t item = begin; item < end; ++item) {
+      const Part& part = parts[item / num_kv_heads];
+      const int64_t head = item % num_kv_heads, i = part.tree;
+      Rows& rows = gathered[item] = Rows(row_counts[i] * group, width);
+      for (int64_t r = 0; r < row_counts[i] * group; ++r) {
+        const T* from = queries + (row_starts[i] + r / group) * query.stride(0) + (head * group + r % group) * query.stride(1);
+        for (int64_t c = 0; c < head_dim; ++c) rows.queries[r * width + c] = static_cast<float>(from[c]) * static_cast<float>(scale);
+      }
+      for (int64_t at = part.start; at < part.end;) {
+        const int64_t within = at % block_size;
+        const int64_t count = std::min({TILE, part.end - at, block_size - within});
+        const T* block = cache + blocks[i * block_table.stride(0) + at / block_size] * kv_cache.stride(0) + head * kv_cache.stride(1);
+        unpack(tile, block, block + block_size * head_dim, key_at, value_at, within, count, block_size, head_dim);
+        attend(rows, tile, nullptr, 0, group);
+        at += count;
+      }
+      if (!part.last) continue;
+      for (int64_t at = 0; at < key_counts[i]; at += TILE) {
+        tile.count = std::min(TILE, key_counts[i] - at);
+        for (int64_t t = 0; t < tile.count; ++t) {
+          const T* k = tree_keys + (key_starts[i] + at + t) * key.stride(0) + head * key.stride(1);
+          const T* v = tree_values + (key_starts[i] + at + t) * value.stride(0) + head * value.stride(1);
+          for (int64_t c = 0; c < head_dim; ++c) {
+            tile.keys[c * TILE + t] = static_cast<float>(k[c]);
+            tile.values[t * width + c] = static_cast<float>(v[c]);
+          }
+        }
+        attend(rows, tile, masks + i * visible.stride(0) + at, visible.stride(1), group);
+      }
+    }
+  });
+
+  at::parallel_for(0, num_trees * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(width);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / num_kv_heads, head = item % num_kv_heads;
+      for (int64_t r = 0; r < row_counts[i] * group; ++r) {
+        float most = NEVER, weight = 0.0f;
+        for (int64_t p = first_parts[i]; p < first_parts[i + 1]; ++p) most = std::max(most, gathered[p * num_kv_heads + head].most[r]);
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        for (int64_t p = first_parts[i]; p < first_parts[i + 1]; ++p) {
+          const Rows& rows = gathered[p * num_kv_heads + head];
+          const float share = std::exp(rows.most[r] - most);
+          weight += share * rows.weights[r];
+          for (int64_t c = 0; c < head_dim; ++c) sum[c] += share * rows.sums[r * width + c];
+        }
+        T* to = out + (row_starts[i] + r / group) * output.stride(0) + (head * group + r % group) * output.stride(1);
+        for (int64_t c = 0; c < head_dim; ++c) to[c] = static_cast<T>(sum[c] / weight);
+      }
+    }
+  });
+}
+
+void tree_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache,
+                    const at::Tensor& key_offsets, const at::Tensor& value_offsets, const at::Tensor& block_table,
+                    const at::Tensor& context_lens, const at::Tensor& first_rows, const at::Tensor& num_rows,
+                    const at::Tensor& first_keys, const at::Tensor& num_keys, const at::Tensor& visible, double scale,
+                    at::Tensor output) {
+  TORCH_CHECK(kv_cache.scalar_type() == query.scalar_type(), "the KV cache holds another dtype than the query");
+  TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1 && output.stride(2) == 1 && visible.stride(2) == 1);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "tree_attention", [&] {
+    run<scalar_t>(query, key, value, kv_cache, key_offsets, value_offsets, block_table, context_lens, first_rows, num_rows,
+                  first_keys, num_keys, visible, scale, output);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(vllm_eagle, library) {
+  library.def(
+      "tree_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor key_offsets, Tensor value_offsets, "
+      "Tensor block_table, Tensor context_lens, Tensor first_rows, Tensor num_rows, Tensor first_keys, Tensor num_keys, "
+      "Tensor visible, float scale, Tensor(a!) output) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(vllm_eagle, CPU, library) { library.impl("tree_attention", &tree_attention); }
