@@ -16,7 +16,7 @@ setup(
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
         "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*", "bench/results/*.json"],
-        "vllm_eagle.native": ["*.cpp"],
+        "vllm_eagle.native": ["*.cpp", "*.h"],
         "vllm_eagle.serving": ["page.*"],
         "vllm_eagle.patches": ["*.patch", "*.md"],
     },

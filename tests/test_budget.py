@@ -200,16 +200,14 @@ def test_costs_of_drafting_and_of_the_gap_are_followed() -> None:
     assert made.depth(1) < 8
 
 
-def test_trees_that_are_dearer_than_their_tokens_are_given_up() -> None:
-    """Until passes without trees show that those are as dear."""
-    made = budget(CostCurve([1, 16, 1024], [0.02, 0.02, 1.3]), CHEAP_HEAD)
-    assert made.depth(8) > 0
-    for _ in range(30):
-        made.saw_pass(0.25, 40, 8)
-    assert made.depth(8) == 0
+def test_what_every_pass_costs_is_shared_by_more_tokens() -> None:
+    """Tokens cost what they yield; but if a pass takes a second longer whatever it holds, it had better hold many."""
+    made = budget(LINEAR, CHEAP_HEAD)
+    assert made.depth(4) == 0
     for _ in range(60):
-        made.saw_pass(0.3, 8, 0)
-    assert made.depth(8) > 0
+        for tokens in (4, 20):
+            made.saw_pass(float(LINEAR(np.array(tokens))) + 1.0, tokens)
+    assert made.depth(4) > 0
 
 
 def test_same_numbers_same_decisions() -> None:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import reference
+from vllm_eagle import native
 from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import Level, Request, grow
+from vllm_eagle.draft import Level, Request, _Ranker, grow
 from vllm_eagle.noise import gumbel
 from vllm_eagle.shapes import StaticShape, best_static_shape
 from vllm_eagle.tree import DraftTree
@@ -177,3 +178,37 @@ def test_static_trees_have_the_given_shape() -> None:
 
     ranks = {tuple(rank(path[: d + 1]) for d in range(len(path))) for path in paths_of(tree)}
     assert ranks == set(shape.paths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_noise", [True, False])
+@pytest.mark.parametrize(("vocab", "num_children"), [(4096, 8), (1000, 1), (70, 64), (3, 8)])
+def test_native_children_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, with_noise: bool, vocab: int, num_children: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(3, 5, vocab, generator=generator)).to(dtype)
+    logits[0, 1, ::2] = float("-inf")  # filtered
+    logits[1, 2] = float("-inf")  # nothing is allowed
+    logits[2, 3, 1] = float("nan")
+    noise = torch.randn(3, vocab, generator=generator) if with_noise else None
+    requests = [Request(0, 8, temperature=t) for t in (0.0, 0.7, 1.5)]
+    ranker = _Ranker(requests, 0.8, with_noise, logits.device)
+    found = {}
+    for runs in (True, False):
+        monkeypatch.setattr(native, "runs", lambda runs=runs: runs)
+        found[runs] = ranker.children(logits, noise, num_children)
+    (values, tokens), expected = found[True], found[False][0]
+    assert values.shape == expected.shape == (3, 5, min(num_children, vocab))
+    hopeless = ~expected.isfinite()
+    assert hopeless[1, 2].all()
+    assert hopeless[2, 3].all()
+    assert values.isfinite().equal(~hopeless)
+    torch.testing.assert_close(values[~hopeless], expected[~hopeless], atol=2e-5, rtol=1e-5)
+    # Tokens of equal logits may change places; each has the value that it is said to have.
+    noises = torch.zeros(3, vocab) if noise is None else noise / ranker._scale[:, None]
+    ranking = (logits.float() * ranker._factors[:, None, None] + noises[:, None]).log_softmax(-1)
+    torch.testing.assert_close(ranking.gather(-1, tokens)[~hopeless], values[~hopeless], atol=2e-5, rtol=1e-5)
+    for row, hopeless_row in zip(tokens.flatten(0, 1), hopeless.flatten(0, 1), strict=True):
+        likely = row[~hopeless_row].tolist()
+        assert len(set(likely)) == len(likely)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NEVER = float("-inf")
 _STEP = 0.05  # how fast a cost follows what is measured
 _FAST_STEP = 0.2  # ... and what all passes have in common, which every pass tells
 _OUTLIER = 2.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
@@ -88,7 +87,7 @@ class Calibration:
 
     def update(self, scores: np.ndarray, accepted: np.ndarray) -> None:
         """Count verified nodes: scores [n] and whether each was accepted [n]."""
-        buckets = self._buckets(scores)
+        buckets = np.searchsorted(self._EDGES, scores, side="right")  # ascending, as the centers are
         verified = np.bincount(buckets, minlength=len(self._centers))
         fade = 0.5 ** (verified / self._HALF_LIFE)
         self._verified = self._verified * fade + verified
@@ -102,10 +101,6 @@ class Calibration:
         below = scores < self._centers[0]  # further down the confidence says how fast it goes on
         tail = known * np.exp(np.where(below & np.isfinite(scores), scores - self._centers[0], 0.0))
         return np.where(np.isfinite(scores), np.where(below, tail, known), 0.0)
-
-    def _buckets(self, scores: np.ndarray) -> np.ndarray:
-        """Ascending, as the centers are."""
-        return np.searchsorted(self._EDGES, scores, side="right")
 
 
 def best_number(probabilities: np.ndarray, num_requests: int, cost: CostCurve, drafting_s: float = 0.0) -> tuple[int, float]:
@@ -129,12 +124,12 @@ class Budget:
 
     _FADE = 0.05  # how fast the profile follows the last trees
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
+    _PROBE_LEVELS = 2  # deeper than what is chosen
     _MARGIN = 1.02  # drafting must promise so much more than plain decoding; below it noise decides
 
     def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
         self.target, self.head = target, head
         self.calibration = Calibration()
-        self.tree_s = 0.0  # what a branching tree adds to a pass besides its tokens: another attention kernel
         self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
         self._depth_limit = depth_limit
         # [depth - 1, i] mean probability of a request's i-th best node among those not deeper than `depth`. Hopeful at first.
@@ -145,7 +140,7 @@ class Budget:
         self._last = 0
 
     def depth(self, num_requests: int) -> int:
-        """How many levels to draft for so many requests; 0 is plain decoding. Now and then as many as possible, to learn."""
+        """How many levels to draft for so many requests; 0 is plain decoding. Now and then some more, to learn."""
         rates = self.rates(num_requests)
         best = int(rates.argmax())
         if rates[best] < self._MARGIN * rates[0]:
@@ -157,12 +152,12 @@ class Budget:
             # What was learned again and again is asked less and less often.
             self._probe_every = min(2 * self._probe_every, self._PROBE_AT_MOST) if best == self._last else self._PROBE_EVERY
             self._steps_since_probe, self._last = 0, best
-            return self._depth_limit
+            return min(best + self._PROBE_LEVELS, self._depth_limit)
         return best
 
     def rates(self, num_requests: int) -> np.ndarray:
         """Tokens per second to expect of drafting 0, 1, ... levels, each with its best number of nodes: [depth_limit + 1]."""
-        drafting_s = np.cumsum(self.head(num_requests * self._rows)) + num_requests * self.tree_s
+        drafting_s = np.cumsum(self.head(num_requests * self._rows))
         nodes = np.arange(self._profile.shape[1] + 1)
         seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
         expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._profile.cumsum(1)], 1))
@@ -180,7 +175,7 @@ class Budget:
         most = max(map(len, scores), default=0)
         if most == 0:
             return [0] * len(scores)
-        padded, levels = np.full((len(scores), most), NEVER), np.zeros((len(scores), most), np.int64)
+        padded, levels = np.full((len(scores), most), -np.inf), np.zeros((len(scores), most), np.int64)
         for i, (row, depth) in enumerate(zip(scores, depths, strict=True)):
             padded[i, : len(row)], levels[i, : len(row)] = row, depth
         probabilities = self.calibration(padded)
@@ -193,18 +188,9 @@ class Budget:
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
 
-    def saw_pass(self, seconds: float, num_tokens: int, num_trees: int) -> None:
-        """A target pass over so many tokens, of requests with and without branching trees, took `seconds`.
-
-        Only passes without trees correct the target's curve. So plain decoding is never thought to be dearer than it is: it is
-        tried where trees promise less, and measured then.
-        """
-        if not num_trees:
-            self.target.correct(num_tokens, seconds)
-        elif seconds > 0:
-            expected_s = float(self.target(np.array(num_tokens)))
-            extra_s = min(max(seconds - expected_s, 0.0), 2 * _OUTLIER * expected_s) / num_trees
-            self.tree_s += _FAST_STEP * (extra_s - self.tree_s)
+    def saw_pass(self, seconds: float, num_tokens: int) -> None:
+        """A target pass over so many tokens, without prompts, took `seconds`."""
+        self.target.correct(num_tokens, seconds)
 
     def saw_drafting(self, seconds: float, num_requests: int, rows: Sequence[int]) -> None:
         """Drafting took `seconds`: the head ran over `rows` tokens, pass by pass, the first one over the committed tokens."""
@@ -221,7 +207,9 @@ class Budget:
         self.outside_s += self._FADE * (min(seconds, _OUTLIER * max(self.outside_s, 1e-3)) - self.outside_s)
 
     def _learn(self, probabilities: np.ndarray, levels: np.ndarray, drafted_depth: int) -> None:
-        width = min(probabilities.shape[1], self._profile.shape[1])
+        nodes = self._profile.shape[1]
+        width = min(probabilities.shape[1], nodes)
         for depth in range(1, drafted_depth + 1):
             best = -np.sort(-np.where(levels <= depth, probabilities, 0.0), axis=1)[:, :width]
-            self._profile[depth - 1, :width] += self._FADE * (best.mean(0) - self._profile[depth - 1, :width])
+            mean = np.pad(best.mean(0), (0, nodes - width))
+            self._profile[depth - 1] += self._FADE * (mean - self._profile[depth - 1])

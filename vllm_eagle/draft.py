@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_eagle import native
 from vllm_eagle.config import MAX_DRAFT_TOKENS, TreeConfig
 from vllm_eagle.tree import DraftTree
 
@@ -82,11 +83,10 @@ class _Ranker:
     def __init__(self, requests: list[Request], confidence_scale: float, coupled: bool, device: torch.device):
         temperature = torch.tensor([r.temperature for r in requests], device=device)
         sampled = temperature > 0
-        self._temperature = torch.where(sampled, temperature, 1.0)[:, None, None]
         # With the noise known, or none, the outcome is certain and only the head's error is left: the confidence may be
         # sharper than the probability. Without the noise, the probability at this temperature is the acceptance.
-        decided = ~sampled | coupled
-        self._scale = torch.where(decided, confidence_scale, 1.0)[:, None, None]
+        self._scale = torch.where(~sampled | coupled, confidence_scale, 1.0)
+        self._factors = 1 / (self._scale * torch.where(sampled, temperature, 1.0))
 
     def children(
         self,
@@ -94,11 +94,15 @@ class _Ranker:
         noise: torch.Tensor | None,  # [num_reqs, vocab]
         num_children: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # log confidences and token ids, [num_reqs, width, num_children], best first
-        ranking = logits.float().log_softmax(-1) / self._temperature
-        if noise is not None:
-            ranking = ranking + noise[:, None]
-        values, tokens = (ranking / self._scale).topk(min(num_children, ranking.shape[-1]), dim=-1)
-        return values - (ranking / self._scale).logsumexp(-1, keepdim=True), tokens
+        scaled = None if noise is None else noise / self._scale[:, None]
+        if logits.device.type == "cpu" and native.runs():
+            values, tokens = torch.ops.vllm_eagle.best_children(logits, self._factors, scaled, num_children)
+            return values, tokens
+        ranking = logits.float() * self._factors[:, None, None]
+        if scaled is not None:
+            ranking = ranking + scaled[:, None]
+        values, tokens = ranking.topk(min(num_children, ranking.shape[-1]), dim=-1)
+        return values - ranking.logsumexp(-1, keepdim=True), tokens
 
 
 class _Pool:

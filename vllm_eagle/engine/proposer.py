@@ -177,14 +177,16 @@ class EagleTreeProposer(EagleProposer):
             last_hidden, hidden = self.model(**model_inputs)
         return last_hidden, hidden, last_rows
 
-    def _noise(self, requests: dict[int, Request], metadata: SamplingMetadata) -> NoiseAt:
-        """Noise of the coming positions of each request; zero where decoding is greedy."""
+    def _noise(self, requests: dict[int, Request], metadata: SamplingMetadata) -> NoiseAt | None:
+        """Noise of the coming positions of each request, zero where decoding is greedy; None: it is everywhere."""
         depth = self._config.depth_limit
         seeds = torch.zeros(len(requests), depth, dtype=torch.long)
         sampled = torch.tensor([request.temperature > 0 for request in requests.values()])
         for i, (row, request) in enumerate(requests.items()):
             if request.temperature > 0:
                 seeds[i] = peek_seeds(metadata.generators[row], depth)
+        if not sampled.any():
+            return None
         vocab_size = self.vllm_config.model_config.get_vocab_size()
 
         def noise_at(depth: int) -> torch.Tensor:

@@ -257,16 +257,18 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         num_reqs = len(self._walks)
         self.tree_metrics.add("num_passes")
         self.tree_metrics.counts["num_requests"] = num_reqs
-        verified = [walk for row, walk in enumerate(self._walks) if walk.tree.num_nodes > 1 and row not in discarded]
-        if self.budget is not None:
-            for walk in verified:
-                accepted = np.zeros(walk.tree.num_nodes)
-                accepted[walk.path] = 1
-                self.budget.calibration.update(walk.tree.scores[1:], accepted[1:])
+        scores, accepted = [], []
         for row, walk in enumerate(self._walks):
-            if walk.tree.num_nodes > 1 and row not in discarded:
-                self.tree_metrics.count_verification(walk.tree.num_nodes - 1, len(walk.path), num_reqs)
-                self.tree_trace.record(self.input_batch.req_ids[row], walk)
+            nodes = walk.tree.num_nodes
+            if nodes == 1 or row in discarded:
+                continue
+            self.tree_metrics.count_verification(nodes - 1, len(walk.path), num_reqs)
+            self.tree_trace.record(self.input_batch.req_ids[row], walk)
+            if walk.tree.token_ids[1] != PADDING:  # such nodes are vLLM's, not the head's
+                scores.append(walk.tree.scores[1:])
+                accepted.append(np.isin(np.arange(1, nodes), walk.path))
+        if self.budget is not None and scores:
+            self.budget.calibration.update(np.concatenate(scores), np.concatenate(accepted))
         self.tree_trace.end_step()
 
     def _update_states_after_model_execute(self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput) -> None:
@@ -338,8 +340,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
             self.budget.saw_gap(gap_s)
         if not self._prompt_rows:
-            num_trees = sum(not tree.is_chain for tree in self._scheduled)
-            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, num_trees)
+            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens)
         if len(self.drafter.pass_rows) > 1:
             self.budget.saw_drafting(draft_s, self.drafter.num_drafting, self.drafter.pass_rows)
 

@@ -19,7 +19,7 @@ from torch.utils import cpp_extension
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
-SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+FILES = sorted(Path(__file__).parent.glob("*.[ch]*"))
 SWITCH = "VLLM_EAGLE_NATIVE"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _BUILD_S = 300  # a build that takes longer than this hangs
@@ -51,7 +51,7 @@ def runs() -> bool:
 def _path() -> Path:
     """Where the library for these sources, this torch and this CPU lies."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-    parts = [torch.__version__, platform.machine(), *cpu, *_FLAGS, *(source.read_text() for source in SOURCES)]
+    parts = [torch.__version__, platform.machine(), *cpu, *_FLAGS, *(file.read_text() for file in FILES)]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "vllm_eagle" / f"native_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
@@ -67,7 +67,7 @@ def _build(path: Path) -> None:
         command = [
             *(compiler, *_FLAGS),
             *(f"-I{include}" for include in cpp_extension.include_paths()),
-            *map(str, SOURCES),
+            *(str(file) for file in FILES if file.suffix == ".cpp"),
             *(f"-L{library}" for library in cpp_extension.library_paths()),
             *("-lc10", "-ltorch_cpu", "-o", str(built)),
         ]
