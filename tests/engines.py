@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm import LLM, RequestOutput, SamplingParams
 
-from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.bench.drafters import ours
 
 ENGINE = {
     "dtype": "float32",
@@ -45,8 +45,7 @@ def trees(head: Path, num_draft_tokens: int = 16, **options: Any) -> dict[str, A
 
     Without the budget, which decides by the clock, and against trees for models as small as the tests'.
     """
-    chosen = {"budget": False} | options
-    return {"spec_model": str(head), "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: chosen}}
+    return ours(str(head), num_draft_tokens, **({"budget": False} | options))
 
 
 def generate(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams] | SamplingParams) -> list[RequestOutput]:

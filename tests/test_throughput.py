@@ -8,7 +8,7 @@ import pytest
 
 from vllm_eagle.bench import throughput_report
 from vllm_eagle.bench.offline import Generated
-from vllm_eagle.bench.throughput import PLAIN, Settings, _summary, run, variants
+from vllm_eagle.bench.throughput import PLAIN, Settings, _asks, _summary, measure, run, variants
 from vllm_eagle.pair import HEAD, TARGET
 
 
@@ -51,12 +51,41 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 def test_a_report_is_written(tmp_path: Path) -> None:
     column = {name: _summary([{PLAIN: generated(2.0), "trees": generated(1.0)}], name) for name in (PLAIN, "trees")}
-    result = {"concurrency": {"1": column, "8": column}, "settings": {"dtype": "float32"}, "cores": 2}
+    result = {
+        "concurrency": {"1": column, "8": column},
+        "settings": {"dtype": "float32"},
+        "cores": 2,
+        "memory_mib": {PLAIN: 900, "trees": 1000},
+    }
     throughput_report.write(result, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "| trees | 3.0 (2.00x, tau 2.00) | 3.0 (2.00x, tau 2.00) |" in text
     assert (tmp_path / "out" / "bench.png").stat().st_size > 5000
+
+
+def test_every_round_asks_something_else() -> None:
+    prompts = [[i] for i in range(100)]
+    first, second = (_asks(settings(concurrency=(5,)), prompts, 5, turn) for turn in (0, 1))
+    assert len(first) == len(second) == 10
+    assert not {ask.prompt_token_ids[0] for ask in first} & {ask.prompt_token_ids[0] for ask in second}
+    assert len({ask.seed for ask in first + second}) == 20
+
+
+@pytest.mark.parametrize("http", [False, True], ids=["offline", "http"])
+def test_measured(monkeypatch: pytest.MonkeyPatch, http: bool) -> None:
+    """Engines in processes of their own, on a model for which times mean nothing; answers do."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    chosen = settings(max_tokens=20, concurrency=(3,), rounds=2, temperature=1.0, only=["trees"], http=http)
+    prompts = [list(range(10 + i, 40 + i)) for i in range(8)]
+    result = measure(chosen, prompts, variants(chosen))
+    found = result["concurrency"]["3"]["trees"]
+    assert (found["identical"], found["answers"]) == (12, 12)
+    assert found["tau"] > 1.0
+    assert found["tokens_per_s"] > 0
+    assert result["memory_mib"]["trees"] > 100
+    assert (found["gap_ms"] is not None) == http
+    assert "12 of 12" in throughput_report.details(result)
 
 
 def test_plain_vllm_is_always_there() -> None:

@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     bench.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
     bench.add_argument("--threads", type=int, help="OpenMP threads per engine (default: vLLM's choice)")
+    bench.add_argument("--medusa", help="Medusa heads for the target, as another variant")
+    bench.add_argument(
+        "--executor", choices=["mp", "uni"], help="distributed_executor_backend of all engines (default: vLLM's choice)"
+    )
+    bench.add_argument("--http", action="store_true", help="through servers, with the load generator of `vllm bench serve`")
     bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     bench.set_defaults(run=_bench)
     return parser
@@ -159,6 +164,9 @@ def _bench(args: argparse.Namespace) -> int:
         num_draft_tokens=args.num_draft_tokens,
         only=args.only,
         threads=args.threads,
+        medusa=args.medusa,
+        executor=args.executor,
+        http=args.http,
     )
     return run(settings, args.out)
 

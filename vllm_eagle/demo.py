@@ -5,8 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vllm_eagle.bench import drafters
 from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
-from vllm_eagle.config import CONFIG_KEY, TreeConfig
+from vllm_eagle.config import TreeConfig
 from vllm_eagle.tree import DraftTree
 
 NUM_ROUNDS = 3
@@ -37,8 +38,7 @@ def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_promp
     with engine(model, **common) as llm:
         plain = {kind: _timed(partial(generate, llm, prompts, params)) for kind, params in kinds.items()}
     print(f"vLLM with draft trees of {num_draft_tokens} nodes ...", flush=True)
-    trees = {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {"budget": False}}}
-    with engine(model, **common, **trees) as llm:
+    with engine(model, **common, **drafters.ours(head, num_draft_tokens, budget=False)) as llm:
         ours = {kind: _timed(partial(generate, llm, prompts, params)) for kind, params in kinds.items()}
         llm.collective_rpc("eagle_trace", args=(1 << 30,))
         generate(llm, prompts[:1], kinds["greedy"][:1])

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle.bench.drafters import ours
 from vllm_eagle.bench.gaps import gaps
 from vllm_eagle.bench.lora import random_adapter
 from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
 from vllm_eagle.bench.quantize import Scheme, quantize
-from vllm_eagle.config import CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -70,11 +70,7 @@ def measure(
         "kv_cache_memory_bytes": 1 << 28,
         "max_num_seqs": 1,
     } | combination.engine
-    trees = {
-        "spec_model": heads[combination.head],
-        "spec_tokens": num_draft_tokens,
-        "additional_config": {CONFIG_KEY: {"budget": False}},
-    }
+    trees = ours(heads[combination.head], num_draft_tokens, budget=False)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = target if combination.scheme is None else quantize(target, folder / "quantized", combination.scheme)

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle.bench.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
 from vllm_eagle.bench.gaps import gaps
 from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
-from vllm_eagle.config import CONFIG_KEY
-from vllm_eagle.heads.checkpoint import read_config
-from vllm_eagle.serve import head_method
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -48,30 +46,20 @@ class Settings:
 def variants(head: str, temperature: float, medusa: str | None = None) -> dict[str, dict[str, Any]]:
     """Engine arguments by name of variant."""
 
-    def ours(num_draft_tokens: int, **options: Any) -> dict[str, Any]:
-        return {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: {"budget": False} | options}}
-
-    named: dict[str, dict[str, Any]] = {}
-    for size in CHAIN_SIZES:
-        chain = {"method": head_method(head), "model": head, "num_speculative_tokens": size}
-        named[f"vllm_chain{size}"] = {"speculative_config": chain}
+    named = {f"vllm_chain{size}": vllm_chain(head, size) for size in CHAIN_SIZES}
     if medusa is not None:
-        num_heads = read_config(Path(medusa)).get("num_heads")
-        if not isinstance(num_heads, int):
-            raise ValueError(f"--medusa {medusa}: its config.json names no num_heads, so these are no Medusa heads")
-        chain = {"method": "medusa", "model": medusa, "num_speculative_tokens": num_heads}
-        named[f"vllm_medusa{num_heads}"] = {"speculative_config": chain}
+        chain = vllm_medusa(medusa)
+        named[f"vllm_medusa{chain['speculative_config']['num_speculative_tokens']}"] = chain
     for suffix, options in (("", {}), ("_uncoupled", {"coupled": False})):
         if suffix and temperature == 0:
             break  # no noise to couple to
         for size in EQUAL_SIZES:
-            named[f"chain{size}{suffix}"] = ours(size, mode="chain", **options)
-        named[f"static{suffix}"] = ours(16, mode="static", **options)
+            named[f"chain{size}{suffix}"] = ours(head, size, budget=False, mode="chain", **options)
+        named[f"static{suffix}"] = ours(head, 16, budget=False, mode="static", **options)
         for size in sorted({*EQUAL_SIZES, *TREE_SIZES}):
-            named[f"tree{size}{suffix}"] = ours(size, **options)
+            named[f"tree{size}{suffix}"] = ours(head, size, budget=False, **options)
     if temperature == 0:
-        lookup = {"method": "ngram", "num_speculative_tokens": NGRAM_SIZE, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
-        named[f"{NGRAM}{NGRAM_SIZE}"] = {"speculative_config": lookup}
+        named[f"{NGRAM}{NGRAM_SIZE}"] = vllm_ngram(NGRAM_SIZE)
     return named
 
 

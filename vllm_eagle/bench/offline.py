@@ -27,11 +27,18 @@ class Generated:
     tau: float  # mean tokens per target pass of decoding, by vLLM's own counters; 1 without speculation
     first_token_s: list[float] = field(default_factory=list)  # per answer, from asking
     next_token_s: list[float] = field(default_factory=list)  # per answer, mean over its tokens after the first
+    num_tokens: int | None = None  # where token ids are not known
+    gaps_s: list[float] = field(default_factory=list)  # between pieces of streamed answers
 
     @property
     def tokens(self) -> int:
         """All output tokens."""
-        return sum(map(len, self.token_ids))
+        return sum(map(len, self.token_ids)) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def answers(self) -> list[tuple[list[int], str]]:
+        """What can be compared of the answers: tokens, where they are known, and text."""
+        return list(zip(self.token_ids or [[] for _ in self.texts], self.texts, strict=True))
 
 
 def prepare_environment() -> None:

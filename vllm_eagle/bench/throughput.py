@@ -1,8 +1,8 @@
 """`vllm-eagle bench`: output tokens per second of plain vLLM, of its own drafters and of our trees, from one request to many.
 
-One engine per variant, each in processes of its own, all alive at once. In every round each of them answers the same requests in
-turn, in an order that changes from round to round; ratios are taken within a round, so that what disturbs the machine for longer
-disturbs both sides. Tokens are compared with plain vLLM's while timing.
+One engine, or server, per variant, each in processes of its own, all alive at once. In every round each of them answers the same
+requests in turn, so many at a time, in an order that changes from round to round; ratios are taken within a round, so that what
+disturbs the machine for longer disturbs both sides. Answers are compared with plain vLLM's while timing.
 """
 
 import json
@@ -10,22 +10,22 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_eagle.bench import throughput_report
-from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate, prepare_environment
-from vllm_eagle.config import CONFIG_KEY
-from vllm_eagle.serve import head_method
-
-if TYPE_CHECKING:
-    from vllm import LLM
+from vllm_eagle.bench import sustained, throughput_report
+from vllm_eagle.bench.drafters import flags, ours, vllm_chain, vllm_medusa, vllm_ngram
+from vllm_eagle.bench.offline import Generated, encode_prompts, engine, prepare_environment
+from vllm_eagle.bench.sustained import Ask
 
 PLAIN = "plain"
+_TURNS, _FEWEST = 2, 4  # answers per user in a round, and in all at least
 _SETTLE_S = 1.5  # after its last step a worker of vLLM polls for a second, on a core that the next engine needs
 
 
@@ -45,27 +45,27 @@ class Settings:
     num_draft_tokens: int
     only: list[str] | None
     threads: int | None
+    medusa: str | None = None
+    executor: str | None = None
+    http: bool = False
+
+
+Answer = Callable[[Sequence[Ask], int], Generated]  # requests, how many at once
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
     """Engine arguments by name; `trees` is what users get by default."""
 
-    def ours(**options: Any) -> dict[str, Any]:
-        return {
-            "spec_model": settings.head,
-            "spec_tokens": settings.num_draft_tokens,
-            "additional_config": {CONFIG_KEY: options},
-        }
-
+    own = partial(ours, settings.head, settings.num_draft_tokens)
     named: dict[str, dict[str, Any]] = {PLAIN: {}}
     for size in (1, 3, 5):
-        chain = {"method": head_method(settings.head), "model": settings.head, "num_speculative_tokens": size}
-        named[f"vllm_chain{size}"] = {"speculative_config": chain}
-    lookup = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
-    named["vllm_ngram5"] = {"speculative_config": lookup}
-    named["static"] = ours(mode="static", budget=False)
-    named["fixed"] = ours(budget=False)
-    named["trees"] = ours()
+        named[f"vllm_chain{size}"] = vllm_chain(settings.head, size)
+    named["vllm_ngram5"] = vllm_ngram(5)
+    if settings.medusa is not None:
+        named["vllm_medusa"] = vllm_medusa(settings.medusa)
+    named["static"] = own(mode="static", budget=False)
+    named["fixed"] = own(budget=False)
+    named["trees"] = own()
     unknown = [name for name in settings.only or [] if name not in named]
     if unknown:
         raise ValueError(f"--only: unknown variant {', '.join(unknown)}; known: {', '.join(named)}")
@@ -105,20 +105,25 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "max_num_seqs": most,
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
         "max_num_batched_tokens": max(longest, most * max(map(len, prompts))) + 128 * most,
+        "distributed_executor_backend": settings.executor,
     }
     with ExitStack() as stack:
-        engines: dict[str, LLM] = {}
+        variants: dict[str, Answer] = {}
+        memory: dict[str, Callable[[], int]] = {}
         for name, options in chosen.items():
             print(f"starting {name} ...", file=sys.stderr, flush=True)
-            engines[name] = stack.enter_context(engine(settings.model, **common, **options))
-            _ask(engines[name], settings, prompts, 2, 0)
+            start = _server if settings.http else _engine
+            variants[name], memory[name] = stack.enter_context(start(settings.model, common | options))
+            variants[name](_asks(settings, prompts, 2, 0), 2)
         by_concurrency = {}
         for number in settings.concurrency:
-            rounds = [_round(engines, settings, prompts, number, turn) for turn in range(settings.rounds)]
-            by_concurrency[str(number)] = {name: _summary(rounds, name) for name in engines}
+            rounds = [_round(variants, settings, prompts, number, turn) for turn in range(settings.rounds)]
+            by_concurrency[str(number)] = {name: _summary(rounds, name) for name in variants}
             _progress(number, by_concurrency[str(number)])
+        mebibytes = {name: look() >> 20 for name, look in memory.items()}
     return {
         "concurrency": by_concurrency,
+        "memory_mib": mebibytes,
         "settings": asdict(settings)
         | {"model": Path(settings.model).name, "head": Path(settings.head).name, "prompts": str(settings.prompts or "built in")},
         "cores": os.cpu_count(),
@@ -127,27 +132,60 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
     }
 
 
-def _round(engines: dict[str, "LLM"], settings: Settings, prompts: list[list[int]], number: int, turn: int) -> dict[str, Generated]:
-    names = list(engines)
+@contextmanager
+def _engine(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Callable[[], int]]]:
+    """An offline engine: how to ask it, and bytes of its processes."""
+    import psutil
+
+    before = set(psutil.Process().children(recursive=True))
+    metrics = {} if arguments.keys().isdisjoint(("speculative_config", "spec_model")) else sustained.METRICS
+    with engine(model, **arguments, **metrics) as llm:
+        processes = set(psutil.Process().children(recursive=True)) - before
+        yield partial(sustained.offline, llm), lambda: sum(process.memory_info().rss for process in processes)
+
+
+@contextmanager
+def _server(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Callable[[], int]]]:
+    """A server: how to ask it, and bytes of its processes."""
+    import psutil
+
+    from vllm_eagle.bench.soak_server import serve
+
+    options = flags(
+        {
+            ("speculative_model" if k == "spec_model" else "num_speculative_tokens" if k == "spec_tokens" else k): v
+            for k, v in arguments.items()
+        }
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(model, [*options, "--served-model-name", "target", "--disable-uvicorn-access-log"], Path(folder, "log")) as (
+            url,
+            pid,
+        ),
+    ):
+        server = psutil.Process(pid)
+        processes = [server, *server.children(recursive=True)]
+        yield partial(sustained.over_http, url, "target"), lambda: sum(process.memory_info().rss for process in processes)
+
+
+def _round(
+    variants: dict[str, Answer], settings: Settings, prompts: list[list[int]], number: int, turn: int
+) -> dict[str, Generated]:
+    names = list(variants)
     shift = turn % len(names)
     found = {}
     for name in names[shift:] + names[:shift]:
         time.sleep(_SETTLE_S)
-        found[name] = _ask(engines[name], settings, prompts, number, turn)
+        found[name] = variants[name](_asks(settings, prompts, number, turn), number)
     return found
 
 
-def _ask(llm: "LLM", settings: Settings, prompts: list[list[int]], number: int, turn: int) -> Generated:
-    """So many requests at once; every round asks others, so that no prefix cache helps."""
-    from vllm import SamplingParams
-
-    start = turn * number
-    asked = [prompts[(start + i) % len(prompts)] for i in range(number)]
-    params = [
-        SamplingParams(temperature=settings.temperature, seed=settings.seed + start + i, max_tokens=settings.max_tokens)
-        for i in range(number)
-    ]
-    return generate(llm, asked, params)
+def _asks(settings: Settings, prompts: list[list[int]], number: int, turn: int) -> list[Ask]:
+    """What so many users ask in a round; every round asks others, so that no prefix cache helps."""
+    count = max(_FEWEST, _TURNS * number)
+    numbers = range(turn * count, (turn + 1) * count)
+    return [Ask(prompts[i % len(prompts)], settings.temperature, settings.seed + i, settings.max_tokens) for i in numbers]
 
 
 def _summary(rounds: Sequence[dict[str, Generated]], name: str) -> dict[str, Any]:
@@ -155,7 +193,8 @@ def _summary(rounds: Sequence[dict[str, Generated]], name: str) -> dict[str, Any
     mine, plain = [each[name] for each in rounds], [each[PLAIN] for each in rounds]
     rates = [found.tokens / found.seconds for found in mine]
     ratios = [rate / (base.tokens / base.seconds) for rate, base in zip(rates, plain, strict=True)]
-    pairs = [pair for found, base in zip(mine, plain, strict=True) for pair in zip(found.token_ids, base.token_ids, strict=True)]
+    pairs = [pair for found, base in zip(mine, plain, strict=True) for pair in zip(found.answers, base.answers, strict=True)]
+    gaps = [gap for found in mine for gap in found.gaps_s]
     return {
         "tokens_per_s": round(statistics.median(rates), 2),
         "ratio": round(statistics.median(ratios), 3),
@@ -163,6 +202,7 @@ def _summary(rounds: Sequence[dict[str, Generated]], name: str) -> dict[str, Any
         "tau": round(statistics.median(found.tau for found in mine), 3),
         "first_token_ms": _milliseconds([x for found in mine for x in found.first_token_s]),
         "next_token_ms": _milliseconds([x for found in mine for x in found.next_token_s]),
+        "gap_ms": _milliseconds(gaps) if gaps else None,
         "identical": sum(one == other for one, other in pairs),
         "answers": len(pairs),
     }

@@ -17,16 +17,21 @@ def table(result: dict[str, Any]) -> str:
 
 
 def details(result: dict[str, Any]) -> str:
-    """Latencies, spread and identical answers."""
+    """Latencies, speed of one answer, spread and identical answers."""
     lines = [
-        "| requests | variant | first token, ms (p50, p99) | next token, ms (p50, p99) | ratios of the rounds | identical |",
-        "|---|---|---|---|---|---|",
+        "| requests | variant | first token, ms (p50, p99) | next token, ms (p50, p99) | between pieces, ms (p50, p99) "
+        "| tokens/s of an answer | ratios of the rounds | identical |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for number, column in result["concurrency"].items():
         for name, found in column.items():
-            first, following = found["first_token_ms"], found["next_token_ms"]
+            following = found["next_token_ms"]
+            times = " | ".join(
+                "-" if x is None else f"{x['p50']:.1f}, {x['p99']:.1f}"
+                for x in (found["first_token_ms"], following, found["gap_ms"])
+            )
             lines.append(
-                f"| {number} | {name} | {first['p50']:.0f}, {first['p99']:.0f} | {following['p50']:.1f}, {following['p99']:.1f} | "
+                f"| {number} | {name} | {times} | {1000 / max(following['p50'], 1e-3):.1f} | "
                 f"{', '.join(f'{x:.2f}' for x in found['ratios'])} | {found['identical']} of {found['answers']} |"
             )
     return "\n".join(lines)
@@ -37,7 +42,10 @@ def write(result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(result) + "\n")
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)
-    (folder / "bench.md").write_text(f"{settings}; {result['cores']} cores\n\n{table(result)}\n\n{details(result)}\n")
+    memory = ", ".join(f"{name} {mebibytes}" for name, mebibytes in result["memory_mib"].items())
+    (folder / "bench.md").write_text(
+        f"{settings}; {result['cores']} cores; MiB: {memory}\n\n{table(result)}\n\n{details(result)}\n"
+    )
     _draw(result, folder / "bench.png")
 
 
