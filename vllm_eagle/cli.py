@@ -84,12 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
     bench.add_argument("--threads", type=int, help="OpenMP threads per engine (default: vLLM's choice)")
     bench.add_argument("--medusa", help="Medusa heads for the target, as another variant")
-    bench.add_argument(
-        "--executor", choices=["mp", "uni"], help="distributed_executor_backend of all engines (default: vLLM's choice)"
-    )
     bench.add_argument("--http", action="store_true", help="through servers, with the load generator of `vllm bench serve`")
     bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     bench.set_defaults(run=_bench)
+
+    from vllm_eagle.bench import simulate
+
+    simulate.add_arguments(commands.add_parser("simulate", help="what the budget would do and win on other hardware"))
     return parser
 
 
@@ -165,7 +166,6 @@ def _bench(args: argparse.Namespace) -> int:
         only=args.only,
         threads=args.threads,
         medusa=args.medusa,
-        executor=args.executor,
         http=args.http,
     )
     return run(settings, args.out)

@@ -46,7 +46,6 @@ class Settings:
     only: list[str] | None
     threads: int | None
     medusa: str | None = None
-    executor: str | None = None
     http: bool = False
 
 
@@ -105,7 +104,6 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "max_num_seqs": most,
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
         "max_num_batched_tokens": max(longest, most * max(map(len, prompts))) + 128 * most,
-        "distributed_executor_backend": settings.executor,
     }
     with ExitStack() as stack:
         variants: dict[str, Answer] = {}
@@ -135,7 +133,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
 @contextmanager
 def _engine(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Callable[[], int]]]:
     """An offline engine: how to ask it, and bytes of its processes."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     before = set(psutil.Process().children(recursive=True))
     metrics = {} if arguments.keys().isdisjoint(("speculative_config", "spec_model")) else sustained.METRICS
@@ -151,19 +149,8 @@ def _server(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Cal
 
     from vllm_eagle.bench.soak_server import serve
 
-    options = flags(
-        {
-            ("speculative_model" if k == "spec_model" else "num_speculative_tokens" if k == "spec_tokens" else k): v
-            for k, v in arguments.items()
-        }
-    )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serve(model, [*options, "--served-model-name", "target", "--disable-uvicorn-access-log"], Path(folder, "log")) as (
-            url,
-            pid,
-        ),
-    ):
+    options = flags(arguments | {"served_model_name": "target", "disable_uvicorn_access_log": True})
+    with tempfile.TemporaryDirectory() as folder, serve(model, options, Path(folder, "log")) as (url, pid):
         server = psutil.Process(pid)
         processes = [server, *server.children(recursive=True)]
         yield partial(sustained.over_http, url, "target"), lambda: sum(process.memory_info().rss for process in processes)

@@ -26,10 +26,8 @@ def details(result: dict[str, Any]) -> str:
     for number, column in result["concurrency"].items():
         for name, found in column.items():
             following = found["next_token_ms"]
-            times = " | ".join(
-                "-" if x is None else f"{x['p50']:.1f}, {x['p99']:.1f}"
-                for x in (found["first_token_ms"], following, found["gap_ms"])
-            )
+            each = (found["first_token_ms"], following, found["gap_ms"])
+            times = " | ".join("-" if x is None else f"{x['p50']:.1f}, {x['p99']:.1f}" for x in each)
             lines.append(
                 f"| {number} | {name} | {times} | {1000 / max(following['p50'], 1e-3):.1f} | "
                 f"{', '.join(f'{x:.2f}' for x in found['ratios'])} | {found['identical']} of {found['answers']} |"

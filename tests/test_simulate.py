@@ -1,0 +1,73 @@
+"""The simulator: its arithmetic, and what the budget achieves in it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_eagle.bench.simulate import RECORDED, _recorded, best_fixed, read, roofline, simulate, with_budget
+from vllm_eagle.cli import main
+
+# Root, two children of it, a child of the first: nodes 1, 2, 3; the last one of them was accepted with its parent.
+TREE = _recorded([0, 0, 0, 1], [0.0, -0.1, -2.0, -0.5], [1, 3])
+H100_8B = {"weight_bytes": 16e9, "flops_per_token": 16e9, "bandwidth": 3.35e12, "flops": 4e14, "overhead_s": 1e-3, "most": 70_000}
+HEAD = {"weight_bytes": 1.6e9, "flops_per_token": 1.6e9, "bandwidth": 3.35e12, "flops": 4e14, "overhead_s": 3e-4, "most": 70_000}
+
+
+def test_a_recorded_tree() -> None:
+    assert TREE.depths.tolist() == [1, 1, 2]
+    assert TREE.rows.tolist() == [1, 1]
+    assert [TREE.accepted(number, 8) for number in range(4)] == [0, 1, 1, 2]
+    assert TREE.accepted(3, 1) == 1
+
+
+def test_roofline() -> None:
+    curve = roofline(**H100_8B)
+    assert float(curve(np.array(1))) == pytest.approx(1e-3 + 16 / 3350, rel=1e-6)
+    assert float(curve(np.array(4096))) == pytest.approx(1e-3 + 4096 * 16e9 / 4e14, rel=1e-6)
+
+
+def test_best_fixed_tree_of_one_tree() -> None:
+    """Passes cost the same whatever they hold, drafting almost nothing: all nodes, and three tokens a pass."""
+    flat, cheap = roofline(1, 0, 1, 1, 0.0, 64), roofline(1, 0, 1e9, 1, 0.0, 64)
+    found = best_fixed([TREE], flat, cheap, 1, 3, 2)
+    assert (found["nodes"], found["levels"]) == (3, 2)
+    assert found["tokens_per_s"] == pytest.approx(3.0, rel=1e-6)
+    assert with_budget([TREE], flat, cheap, 1, 3, 2)["tokens_per_s"] == pytest.approx(3.0, rel=0.02)
+
+
+@pytest.mark.parametrize("overhead", [1e-3, 1e-2])
+def test_as_good_as_the_best_fixed_tree_and_never_slower_than_none(overhead: float) -> None:
+    """From one request to thousands; what it knows, it has learned on the way."""
+    target, head = roofline(**(H100_8B | {"overhead_s": overhead})), roofline(**HEAD)
+    found = simulate(read(RECORDED), target, head, [1, 4, 16, 64, 256, 1024, 4096], 16, 8)
+    for number, variants in found.items():
+        assert variants["budget"]["ratio"] >= 0.95 * variants["best_fixed"]["ratio"], (number, variants)
+        assert variants["budget"]["ratio"] >= 0.98, (number, variants)
+    nodes = [variants["budget"]["nodes"] for variants in found.values()]
+    assert nodes[0] > 4 * nodes[-1]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curve = tmp_path / "curve.json"
+    curve.write_text(json.dumps({"target": [[1, 0.02], [64, 0.08]], "head": [[1, 0.001], [64, 0.002]]}))
+    assert main(["simulate", "--curve", str(curve), "--requests", "1", "8", "--out", str(tmp_path / "out")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["requests"]) == ["1", "8"]
+    assert result["requests"]["1"]["budget"]["ratio"] > 1.2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"simulation.json", "simulation.md", "simulation.png"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--curve", "missing.json"], "--curve missing.json"),
+        (["--trees", "missing.json"], "is no recording of trees"),
+        (["--bandwidth", "0"], "must be positive"),
+        (["--out", __file__], "is no folder"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""`vllm-eagle simulate`: what the budget would do, and win, on hardware that is not here, from 1 to thousands of requests.
+
+The budget is the real one. Trees, and how far each was accepted, are replayed from a recording; what passes cost comes from a file of
+measured points or from a roofline. Not simulated: prompts, sampling, what lies between passes, limits of memory.
+
+Recording: `python -m vllm_eagle.bench.record`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_eagle.budget import Budget, CostCurve
+from vllm_eagle.tree import node_depths
+
+RECORDED = Path(__file__).with_name("results") / "trees.json"
+_STEPS, _FEWEST_STEPS, _TREES = 400, 80, 40_000  # steps of a run, and trees, which make runs of many requests shorter
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)  # of fixed trees
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """A drafted tree and what became of it. Nodes without the root, most confident first."""
+
+    scores: np.ndarray  # [num_nodes] float
+    depths: np.ndarray  # [num_nodes] int, from 1
+    rows: np.ndarray  # [deepest] int, nodes of depth 0, 1, ... that have children: what the head runs over, level by level
+    path: np.ndarray  # [num_accepted] int, places of accepted nodes, going down
+
+    def accepted(self, num_nodes: int, depth: int) -> int:
+        """How many tokens the first nodes, down to some depth, would have yielded beside the bonus token."""
+        return int((self.path[:depth] < num_nodes).sum())
+
+
+def read(path: Path) -> list[Recorded]:
+    """Trees from a file of `record`.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    try:
+        trees = json.loads(path.read_text())["trees"]
+        return [_recorded(tree["parents"], tree["scores"], tree["path"]) for tree in trees]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--trees {path}: is no recording of trees ({error!r}); make one with vllm_eagle.bench.record") from None
+
+
+def _recorded(parents: list[int], scores: list[float], path: list[int]) -> Recorded:
+    depths = node_depths(np.array([parents]))[0]
+    inner = np.unique(parents[1:])
+    return Recorded(np.array(scores[1:]), depths[1:], np.bincount(depths[inner]), np.array(path, np.int64) - 1)
+
+
+def roofline(weight_bytes: float, flops_per_token: float, bandwidth: float, flops: float, overhead_s: float, most: int) -> CostCurve:
+    """A pass reads all weights once and computes each token: whatever takes longer, and an overhead."""
+    tokens = [2**i for i in range(int(most).bit_length() + 1)]
+    return CostCurve(tokens, [overhead_s + max(weight_bytes / bandwidth, n * flops_per_token / flops) for n in tokens])
+
+
+def with_budget(
+    trees: Sequence[Recorded], target: CostCurve, head: CostCurve, num_requests: int, num_draft_tokens: int, depth_limit: int
+) -> dict[str, float]:
+    """Tokens per second, nodes per request and levels, after the budget has learned."""
+    # Its own curves: it corrects them.
+    budget = Budget(_copy(target), _copy(head), num_draft_tokens, depth_limit)
+    random = np.random.default_rng(0)
+    steps = max(_FEWEST_STEPS, min(_STEPS, _TREES // num_requests))
+    tokens = seconds = nodes = levels = 0.0
+    for step in range(steps):
+        if step == steps // 2:
+            tokens = seconds = nodes = levels = 0.0
+        depth = budget.depth(num_requests)
+        drawn = [trees[i] for i in random.integers(len(trees), size=num_requests)] if depth else []
+        spent, kept = 0.0, [0] * len(drawn)
+        if drawn:
+            shallow = [tree.depths <= depth for tree in drawn]
+            rows = [num_requests, *_rows(drawn, depth)]
+            drafting_s = float(head(np.array(rows)).sum())
+            budget.saw_drafting(drafting_s, num_requests, rows)
+            scores = [tree.scores[few][:num_draft_tokens] for tree, few in zip(drawn, shallow, strict=True)]
+            depths = [tree.depths[few][:num_draft_tokens] for tree, few in zip(drawn, shallow, strict=True)]
+            kept = budget.keep(scores, depths, depth, num_requests)
+            spent += drafting_s
+            for tree, few, number in zip(drawn, shallow, kept, strict=True):
+                places = np.flatnonzero(few)[:number]
+                tokens += int(np.isin(tree.path[:depth], places).cumprod().sum())
+                accepted = np.isin(places, tree.path)
+                budget.calibration.update(tree.scores[places], accepted)
+        pass_s = float(target(np.array(num_requests + sum(kept))))
+        budget.saw_pass(pass_s, num_requests + sum(kept))
+        tokens += num_requests
+        seconds += spent + pass_s
+        nodes += sum(kept) / num_requests
+        levels += depth
+    measured = steps - steps // 2
+    return {"tokens_per_s": tokens / seconds, "nodes": nodes / measured, "levels": levels / measured}
+
+
+def best_fixed(
+    trees: Sequence[Recorded], target: CostCurve, head: CostCurve, num_requests: int, num_draft_tokens: int, depth_limit: int
+) -> dict[str, float]:
+    """The fastest tree of one size and depth for all requests and steps."""
+    found = {"tokens_per_s": num_requests / float(target(np.array(num_requests))), "nodes": 0.0, "levels": 0.0}
+    for depth in range(1, depth_limit + 1):
+        mean_rows = np.array(_rows(trees, depth)) * num_requests / len(trees)
+        drafting_s = float(head(np.array([num_requests, *mean_rows])).sum())
+        for size in (size for size in _SIZES if size <= num_draft_tokens):
+            accepted = np.mean([tree.accepted(int(np.searchsorted((tree.depths <= depth).cumsum(), size)) + 1, depth) for tree in trees])
+            seconds = float(target(np.array(num_requests * (1 + size)))) + drafting_s
+            rate = num_requests * (1 + float(accepted)) / seconds
+            if rate > found["tokens_per_s"]:
+                found = {"tokens_per_s": rate, "nodes": float(size), "levels": float(depth)}
+    return found
+
+
+def _rows(trees: Sequence[Recorded], depth: int) -> list[int]:
+    """What the head runs over after the committed tokens, to draft so many levels of all trees."""
+    return [sum(int(tree.rows[level]) for tree in trees if level < len(tree.rows)) for level in range(1, depth)]
+
+
+def _copy(curve: CostCurve) -> CostCurve:
+    tokens, seconds = zip(*curve.points, strict=True)
+    return CostCurve(tokens, seconds)
+
+
+def simulate(
+    trees: Sequence[Recorded], target: CostCurve, head: CostCurve, numbers: Sequence[int], num_draft_tokens: int, depth_limit: int
+) -> dict[str, Any]:
+    """Plain decoding, the best fixed tree and the budget, by number of requests."""
+    result = {}
+    for number in numbers:
+        plain = number / float(target(np.array(number)))
+        variants = {
+            name: function(trees, target, head, number, num_draft_tokens, depth_limit)
+            for name, function in (("best_fixed", best_fixed), ("budget", with_budget))
+        }
+        result[str(number)] = {"plain": {"tokens_per_s": plain}} | variants
+        for variant in result[str(number)].values():
+            variant["ratio"] = variant["tokens_per_s"] / plain
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| requests | plain, tokens/s | best fixed tree | budget | nodes per request | levels |", "|---" * 6 + "|"]
+    for number, found in result.items():
+        budget, fixed = found["budget"], found["best_fixed"]
+        lines.append(
+            f"| {number} | {found['plain']['tokens_per_s']:.0f} | {fixed['ratio']:.2f}x ({fixed['nodes']:.0f} nodes) "
+            f"| {budget['ratio']:.2f}x | {budget['nodes']:.1f} | {budget['levels']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    numbers = [int(number) for number in result]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, style in (("best_fixed", "o--"), ("budget", "o-")):
+        axes.plot(numbers, [found[name]["ratio"] for found in result.values()], style, label=name.replace("_", " ") + " tree")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="requests at once", ylabel="tokens per second, times plain decoding", ylim=(0, None))
+    axes.set_xticks(numbers, result.keys(), fontsize=7)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vllm-eagle simulate`; the defaults are an 8B model in bfloat16 on an H100."""
+    parser.add_argument("--curve", type=Path, help='JSON {"target": [[tokens, seconds], ...], "head": ...} instead of a roofline')
+    parser.add_argument("--parameters", type=float, default=8e9, help="of the target (default %(default)g)")
+    parser.add_argument("--bytes-per-parameter", type=float, default=2.0)
+    parser.add_argument("--head-share", type=float, default=0.1, help="of the target's cost, LM head included (default %(default)g)")
+    parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes per second (default %(default)g)")
+    parser.add_argument("--flops", type=float, default=4e14, help="that matrix products reach (default %(default)g)")
+    parser.add_argument("--overhead", type=float, default=1e-3, help="seconds of a target pass beside (default %(default)g)")
+    parser.add_argument("--head-overhead", type=float, default=3e-4, help="seconds of a level beside (default %(default)g)")
+    parser.add_argument("--trees", type=Path, default=RECORDED, help="recorded trees (default: of the shipped pair)")
+    parser.add_argument("--requests", type=int, nargs="+", default=[4**i for i in range(7)], help="at once (default %(default)s)")
+    parser.add_argument("--num-draft-tokens", type=int, default=16, help="most nodes per tree (default %(default)s)")
+    parser.add_argument("--max-depth", type=int, default=8, help="most levels (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for simulation.json, simulation.md and simulation.png")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate, print a table and, last, one JSON line."""
+    numbers = (args.parameters, args.bytes_per_parameter, args.head_share, args.bandwidth, args.flops, *args.requests)
+    if min(*numbers, args.num_draft_tokens, args.max_depth) <= 0 or min(args.overhead, args.head_overhead) < 0:
+        raise ValueError("all numbers must be positive, overheads at least 0")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is no folder; name another one")
+    most = max(args.requests) * (1 + args.num_draft_tokens)
+    if args.curve is not None:
+        target, head = _curves(args.curve)
+    else:
+        weights, work = args.parameters * args.bytes_per_parameter, 2 * args.parameters
+        target = roofline(weights, work, args.bandwidth, args.flops, args.overhead, most)
+        share = args.head_share
+        head = roofline(share * weights, share * work, args.bandwidth, args.flops, args.head_overhead, most)
+    found = simulate(read(args.trees), target, head, args.requests, args.num_draft_tokens, args.max_depth)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "run"}
+    result = {"requests": found, "settings": settings, "curves": {"target": target.points, "head": head.points}}
+    print(table(found))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "simulation.json").write_text(json.dumps(result) + "\n")
+        (args.out / "simulation.md").write_text(table(found) + "\n")
+        _draw(found, args.out / "simulation.png")
+    print(json.dumps(result))
+    return 0
+
+
+def _curves(path: Path) -> tuple[CostCurve, CostCurve]:
+    try:
+        points = json.loads(path.read_text())
+        target, head = (CostCurve(*zip(*points[name], strict=True)) for name in ("target", "head"))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--curve {path}: {error!r}") from None
+    return target, head
