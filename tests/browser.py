@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.fake_engine import free_port
+from tests.server import free_port
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # of the W3C protocol

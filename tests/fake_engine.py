@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import socket
 import threading
 import time
 from argparse import Namespace
@@ -16,6 +15,7 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
+from tests.server import free_port
 from vllm_eagle import stats_file
 from vllm_eagle.accept import Walk
 from vllm_eagle.metrics import TreeMetrics, TreeTrace
@@ -139,12 +139,6 @@ def application(engine: Engine, api_key: list[str] | None = None) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     plugin.attach_router(app)
     return app
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class Server:

@@ -66,8 +66,8 @@ def test_what_cannot_be_quantized(quantized: dict[Scheme, Path], tmp_path: Path)
 
 
 def test_an_int8_target(quantized: dict[Scheme, Path]) -> None:
-    """Activations are rounded to 8 bits, too: where one lies between two steps, the last bit of attention's float32 sum decides, and
-    the scores move by hundredths. So two scores may tie within that; nothing else may differ. Unquantized, all tokens are equal.
+    """Activations are rounded to 8 bits, too: where one lies between two steps, the last bit of attention's sum decides, and scores
+    move by hundredths. So two scores may tie within that; nothing else may differ. Unquantized, all tokens are equal.
     """
     plain, found, apart = both(quantized["W8A8"])
     assert found.tau > 2.5

@@ -135,6 +135,8 @@ class Budget:
         # [depth - 1, i] mean probability of a request's i-th best node among those not deeper than `depth`. Hopeful at first.
         hopeful = 0.7 ** np.arange(1, num_draft_tokens + 1)
         self._profile = np.stack([np.where(np.arange(num_draft_tokens) < 2 * d, hopeful, 0.0) for d in range(1, depth_limit + 1)])
+        self._seen = np.zeros(depth_limit)  # [depth - 1] how often trees of that depth were seen
+        self._deepest = np.zeros(depth_limit)  # [depth - 1] mean probability of a request's best node of exactly this depth
         self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth; 0 is the root
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
         self._last = 0
@@ -160,7 +162,7 @@ class Budget:
         drafting_s = np.cumsum(self.head(num_requests * self._rows))
         nodes = np.arange(self._profile.shape[1] + 1)
         seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
-        expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._profile.cumsum(1)], 1))
+        expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1)], 1))
         return np.concatenate([[num_requests / seconds[0]], (expected / (seconds + drafting_s[:, None])).max(1)])
 
     def keep(self, scores: Sequence[np.ndarray], depths: Sequence[np.ndarray], drafted_depth: int, num_requests: int) -> list[int]:
@@ -212,4 +214,20 @@ class Budget:
         for depth in range(1, drafted_depth + 1):
             best = -np.sort(-np.where(levels <= depth, probabilities, 0.0), axis=1)[:, :width]
             mean = np.pad(best.mean(0), (0, nodes - width))
-            self._profile[depth - 1] += self._FADE * (mean - self._profile[depth - 1])
+            fade = max(self._FADE, 1 / (1 + self._seen[depth - 1]))  # the first ones count in full
+            self._profile[depth - 1] += fade * (mean - self._profile[depth - 1])
+            deepest = np.where(levels == depth, probabilities, 0.0).max(1).mean()
+            self._deepest[depth - 1] += fade * (deepest - self._deepest[depth - 1])
+            self._seen[depth - 1] += 1
+
+    def _expected(self) -> np.ndarray:
+        """The profile. Levels never drafted add a node each, less probable than the last one as that is than its parent."""
+        profile = self._profile.copy()
+        drafted = int((self._seen > 0).sum())
+        if 0 < drafted < self._depth_limit:
+            before = self._deepest[drafted - 2] if drafted > 1 else 1.0
+            factor = self._deepest[drafted - 1] / max(before, 1e-9)
+            for depth in range(drafted, self._depth_limit):
+                node = self._deepest[drafted - 1] * factor ** (depth - drafted + 1)
+                profile[depth] = -np.sort(-np.append(profile[depth - 1], node))[:-1]
+        return np.maximum.accumulate(profile, axis=0)  # one level more is never worse

@@ -153,7 +153,7 @@ class _Pool:
 
     def nth_best(self) -> torch.Tensor:
         """Score that a new node must beat to enter its request's tree: [num_reqs]."""
-        ranked = self.scores.sort(dim=1, descending=True).values
+        ranked = self.scores.topk(min(self.max_budget, self.scores.shape[1]), dim=1).values
         padding = ranked.new_full((ranked.shape[0], 1), NEVER)
         last = (self.budgets - 1).clamp(min=0, max=ranked.shape[1])
         bound = torch.cat([ranked, padding], 1).gather(1, last[:, None])[:, 0]

@@ -2,7 +2,7 @@
 
 For each context length, milliseconds of one core for 17 rows of one tree (root and 16 nodes) in one layer: our C++ operator, which
 reads vLLM's packed blocks; plain torch, which stands in where that cannot be built; the masked kernel of vLLM's wheel, which needs
-the context copied out of the blocks first; and vLLM's own causal kernel on as many rows, which no tree can use. The last line is JSON.
+the context copied out of the blocks first; and vLLM's own causal kernel on as many rows, which no tree can use. Then JSON.
 """
 
 import json

@@ -21,15 +21,24 @@ def record(model: str, head: str, num_nodes: int, max_tokens: int, every: int, p
     encoded = encode_prompts(model, prompts)
     length = max(map(len, encoded)) + max_tokens + 1
     with engine(
-        model, dtype="float32", max_model_len=length, enforce_eager=True, kv_cache_memory_bytes=1 << 28, **ours(head, num_nodes, budget=False)
+        model,
+        dtype="float32",
+        max_model_len=length,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 28,
+        **ours(head, num_nodes, budget=False),
     ) as llm:
         llm.collective_rpc("eagle_trace", args=(1 << 30,))
         generate(llm, encoded, [SamplingParams(temperature=0, max_tokens=max_tokens)] * len(encoded))
         steps = llm.collective_rpc("eagle_traced")[0]
     full = [step for step in steps if len(step["parents"]) == 1 + num_nodes][::every]
     trees = [
-        {"parents": list(map(int, step["parents"])), "scores": [round(float(x), 3) for x in step["scores"]], "path": list(map(int, step["path"]))}
-        for step in full
+        {
+            "parents": list(map(int, x["parents"])),
+            "scores": [round(float(y), 3) for y in x["scores"]],
+            "path": list(map(int, x["path"])),
+        }
+        for x in full
     ]
     return {"model": Path(model).name, "head": Path(head).name, "temperature": 0, "trees": trees}
 

@@ -1,7 +1,7 @@
 """`vllm-eagle simulate`: what the budget would do, and win, on hardware that is not here, from 1 to thousands of requests.
 
-The budget is the real one. Trees, and how far each was accepted, are replayed from a recording; what passes cost comes from a file of
-measured points or from a roofline. Not simulated: prompts, sampling, what lies between passes, limits of memory.
+The budget is the real one. Trees, and how far each was accepted, are replayed from a recording; what passes cost comes from
+a file of measured points or from a roofline. Not simulated: prompts, sampling, what lies between passes, limits of memory.
 
 Recording: `python -m vllm_eagle.bench.record`.
 """
@@ -19,7 +19,7 @@ from vllm_eagle.budget import Budget, CostCurve
 from vllm_eagle.tree import node_depths
 
 RECORDED = Path(__file__).with_name("results") / "trees.json"
-_STEPS, _FEWEST_STEPS, _TREES = 400, 80, 40_000  # steps of a run, and trees, which make runs of many requests shorter
+_STEPS, _FEWEST_STEPS, _TREES = 1400, 80, 40_000  # steps of a run, and trees, which make runs of many requests shorter
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)  # of fixed trees
 
 
@@ -56,7 +56,9 @@ def _recorded(parents: list[int], scores: list[float], path: list[int]) -> Recor
     return Recorded(np.array(scores[1:]), depths[1:], np.bincount(depths[inner]), np.array(path, np.int64) - 1)
 
 
-def roofline(weight_bytes: float, flops_per_token: float, bandwidth: float, flops: float, overhead_s: float, most: int) -> CostCurve:
+def roofline(
+    weight_bytes: float, flops_per_token: float, bandwidth: float, flops: float, overhead_s: float, most: int
+) -> CostCurve:
     """A pass reads all weights once and computes each token: whatever takes longer, and an overhead."""
     tokens = [2**i for i in range(int(most).bit_length() + 1)]
     return CostCurve(tokens, [overhead_s + max(weight_bytes / bandwidth, n * flops_per_token / flops) for n in tokens])
@@ -68,14 +70,14 @@ def with_budget(
     """Tokens per second, nodes per request and levels, after the budget has learned."""
     # Its own curves: it corrects them.
     budget = Budget(_copy(target), _copy(head), num_draft_tokens, depth_limit)
-    random = np.random.default_rng(0)
     steps = max(_FEWEST_STEPS, min(_STEPS, _TREES // num_requests))
+    order = np.random.default_rng(0).permutation(len(trees))
     tokens = seconds = nodes = levels = 0.0
     for step in range(steps):
         if step == steps // 2:
             tokens = seconds = nodes = levels = 0.0
         depth = budget.depth(num_requests)
-        drawn = [trees[i] for i in random.integers(len(trees), size=num_requests)] if depth else []
+        drawn = [trees[order[(step * num_requests + i) % len(trees)]] for i in range(num_requests)] if depth else []
         spent, kept = 0.0, [0] * len(drawn)
         if drawn:
             shallow = [tree.depths <= depth for tree in drawn]
@@ -110,7 +112,9 @@ def best_fixed(
         mean_rows = np.array(_rows(trees, depth)) * num_requests / len(trees)
         drafting_s = float(head(np.array([num_requests, *mean_rows])).sum())
         for size in (size for size in _SIZES if size <= num_draft_tokens):
-            accepted = np.mean([tree.accepted(int(np.searchsorted((tree.depths <= depth).cumsum(), size)) + 1, depth) for tree in trees])
+            accepted = np.mean(
+                [tree.accepted(int(np.searchsorted((tree.depths <= depth).cumsum(), size)) + 1, depth) for tree in trees]
+            )
             seconds = float(target(np.array(num_requests * (1 + size)))) + drafting_s
             rate = num_requests * (1 + float(accepted)) / seconds
             if rate > found["tokens_per_s"]:
@@ -182,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curve", type=Path, help='JSON {"target": [[tokens, seconds], ...], "head": ...} instead of a roofline')
     parser.add_argument("--parameters", type=float, default=8e9, help="of the target (default %(default)g)")
     parser.add_argument("--bytes-per-parameter", type=float, default=2.0)
-    parser.add_argument("--head-share", type=float, default=0.1, help="of the target's cost, LM head included (default %(default)g)")
+    parser.add_argument("--head-share", type=float, default=0.1, help="of the target's cost (default %(default)g)")
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes per second (default %(default)g)")
     parser.add_argument("--flops", type=float, default=4e14, help="that matrix products reach (default %(default)g)")
     parser.add_argument("--overhead", type=float, default=1e-3, help="seconds of a target pass beside (default %(default)g)")

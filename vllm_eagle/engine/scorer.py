@@ -3,7 +3,8 @@
 The target pass gave one row of logits per node. Depth by depth, the rows of the nodes where the walks stand go through vLLM's
 `Sampler` as one batch with one row per request, exactly the call that plain decoding makes for that position: the same sampling
 metadata, penalties over the output so far, logits processors, and the next noise of the request's generator. Nothing is
-approximated or handled twice, so whatever the sampler knows is exact under trees.
+approximated or handled twice, so whatever the sampler knows is exact under trees. Where it would do nothing but take the greatest
+logit of each row, one call takes those of all nodes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,16 @@ from dataclasses import replace
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_eagle.accept import Walk
+from vllm_eagle.accept import Walk, accept
 from vllm_eagle.engine.grammar import MaskAfter, apply_masks
 from vllm_eagle.tree import DraftTree
 
 PADDING = -1  # what vLLM ignores in a row of sampled tokens
+_MOST_SCORES = 1 << 20  # in one call for all nodes; with more, calls for the nodes on the way alone cost less
 
 
 class EagleTreeScorer:
@@ -44,6 +47,8 @@ class EagleTreeScorer:
             sampled_token_ids [num_reqs, longest walk] int32, padded with -1, and logprobs of the same rows if asked for;
             and the walks.
         """
+        if not grammars and logits.numel() <= _MOST_SCORES and is_argmax(metadata):
+            return self._score_at_once(logits, trees, metadata)
         walks = [Walk(tree) for tree in trees]
         first_rows = torch.tensor([0, *(tree.num_nodes for tree in trees)]).cumsum(0)[:-1]
         sampled: list[torch.Tensor] = []
@@ -83,6 +88,38 @@ class EagleTreeScorer:
             if walk.path:
                 del output[-len(walk.path) :]  # vLLM's bookkeeping appends the emitted tokens itself
         return SamplerOutput(_stack_tokens(sampled, walks), _stack_logprobs(logprobs)), walks
+
+    def _score_at_once(
+        self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata
+    ) -> tuple[SamplerOutput, list[Walk]]:
+        out = self._sampler(logits=logits, sampling_metadata=replace(metadata, spec_token_ids=None))
+        sampled = out.sampled_token_ids[:, 0].tolist()
+        walks, start = [], 0
+        for tree in trees:
+            walks.append(accept(tree, sampled[start : start + tree.num_nodes]))
+            start += tree.num_nodes
+        longest = max(len(walk.token_ids) for walk in walks)
+        tokens = [walk.token_ids + [PADDING] * (longest - len(walk.token_ids)) for walk in walks]
+        return SamplerOutput(torch.tensor(tokens, dtype=torch.int32, device=logits.device), None), walks
+
+
+def is_argmax(metadata: SamplingMetadata) -> bool:
+    """Whether vLLM's sampler takes the greatest logit of every row and does nothing else: plain greedy requests."""
+    thinking = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and (thinking is None or not thinking.has_tracked_requests())
+        and all(
+            (isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases)
+            or (isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks)
+            for processor in metadata.logitsprocs.non_argmax_invariant
+        )
+    )
 
 
 def _stack_tokens(sampled: list[torch.Tensor], walks: list[Walk]) -> torch.Tensor:
