@@ -193,11 +193,24 @@ def test_no_trees() -> None:
 def test_costs_of_drafting_and_of_the_gap_are_followed() -> None:
     made = budget(FLAT, CHEAP_HEAD)
     for _ in range(300):
-        made.saw_drafting(0.08, 1, [1, *[4] * 7])
+        made.saw_drafting(0.01, 0.07, 1, [4] * 7)
         made.saw_gap(0.005)
-    assert float(made.head(np.array([1, *[4] * 7])).sum()) == pytest.approx(0.08, rel=0.1)
+    assert float(made.head(np.array([4] * 7)).sum()) == pytest.approx(0.07, rel=0.1)
+    assert made.first_s == pytest.approx(0.01, rel=0.05)
     assert made.outside_s == pytest.approx(0.005, rel=0.05)
     assert made.depth(1) < 8
+
+
+def test_what_is_spent_anyway_makes_no_level_dearer() -> None:
+    """A slow beginning tells for no drafting or for more of it, not for fewer levels."""
+    quick, slow = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)
+    for _ in range(100):
+        quick.saw_drafting(0.0001, 0.014, 1, [4] * 7)
+        slow.saw_drafting(0.003, 0.014, 1, [4] * 7)
+    assert slow.depth(1) >= quick.depth(1) > 0
+    for _ in range(100):
+        slow.saw_drafting(0.1, 0.014, 1, [4] * 7)
+    assert slow.depth(1) == 0
 
 
 def test_what_every_pass_costs_is_shared_by_more_tokens() -> None:

@@ -130,6 +130,7 @@ class Budget:
     def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
         self.target, self.head = target, head
         self.calibration = Calibration()
+        self.first_s = float(head(np.array(1)))  # of drafting, what is spent however few levels are drafted
         self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
         self._depth_limit = depth_limit
         # [depth - 1, i] mean probability of a request's i-th best node among those not deeper than `depth`. Hopeful at first.
@@ -137,7 +138,7 @@ class Budget:
         self._profile = np.stack([np.where(np.arange(num_draft_tokens) < 2 * d, hopeful, 0.0) for d in range(1, depth_limit + 1)])
         self._seen = np.zeros(depth_limit)  # [depth - 1] how often trees of that depth were seen
         self._deepest = np.zeros(depth_limit)  # [depth - 1] mean probability of a request's best node of exactly this depth
-        self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth; 0 is the root
+        self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
         self._last = 0
 
@@ -159,7 +160,7 @@ class Budget:
 
     def rates(self, num_requests: int) -> np.ndarray:
         """Tokens per second to expect of drafting 0, 1, ... levels, each with its best number of nodes: [depth_limit + 1]."""
-        drafting_s = np.cumsum(self.head(num_requests * self._rows))
+        drafting_s = self._drafting_s(num_requests)
         nodes = np.arange(self._profile.shape[1] + 1)
         seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
         expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1)], 1))
@@ -185,7 +186,7 @@ class Budget:
         # A stable sort keeps a parent ahead of a child that is as probable.
         order = np.argsort(-probabilities, axis=None, kind="stable")
         order = order[np.isfinite(padded).ravel()[order]]
-        drafting_s = float(self.head(num_requests * self._rows[:drafted_depth]).sum())
+        drafting_s = float(self._drafting_s(num_requests)[drafted_depth - 1])
         number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, drafting_s + self.outside_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
@@ -194,15 +195,22 @@ class Budget:
         """A target pass over so many tokens, without prompts, took `seconds`."""
         self.target.correct(num_tokens, seconds)
 
-    def saw_drafting(self, seconds: float, num_requests: int, rows: Sequence[int]) -> None:
-        """Drafting took `seconds`: the head ran over `rows` tokens, pass by pass, the first one over the committed tokens."""
-        if seconds <= 0:
+    def saw_drafting(self, first_s: float, levels_s: float, num_requests: int, rows: Sequence[int]) -> None:
+        """Drafting took `first_s` up to the first level, the head's pass over committed tokens included, then `levels_s`,
+        in which the head ran over `rows` tokens, level by level.
+        """
+        self.first_s += _FAST_STEP * (min(max(first_s, 0.0), _OUTLIER * self.first_s) - self.first_s)
+        if not rows or levels_s <= 0:
             return
         expected = float(self.head(np.array(rows)).sum())
         for number in set(rows):
-            self.head.correct(number, float(self.head(np.array(number))) * seconds / expected)
-        passes = min(len(rows), self._depth_limit)
-        self._rows[1:passes] += self._FADE * (np.array(rows[1:passes]) / num_requests - self._rows[1:passes])
+            self.head.correct(number, float(self.head(np.array(number))) * levels_s / expected)
+        levels = min(len(rows), self._depth_limit - 1)
+        self._rows[1 : levels + 1] += self._FADE * (np.array(rows[:levels]) / num_requests - self._rows[1 : levels + 1])
+
+    def _drafting_s(self, num_requests: int) -> np.ndarray:
+        """Seconds of drafting 1, 2, ... levels: [depth_limit]. The first one comes out of the pass over committed tokens."""
+        return self.first_s + np.append(0.0, self.head(num_requests * self._rows[1:]).cumsum())
 
     def saw_gap(self, seconds: float) -> None:
         """Between the end of a step and the start of the next one lay `seconds`."""

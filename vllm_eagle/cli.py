@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
     bench.add_argument("--threads", type=int, help="OpenMP threads per engine (default: vLLM's choice)")
     bench.add_argument("--medusa", help="Medusa heads for the target, as another variant")
+    bench.add_argument("--enforce-eager", action="store_true", help="do not compile; starts sooner, runs slower")
     bench.add_argument("--http", action="store_true", help="through servers, with the load generator of `vllm bench serve`")
     bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     bench.set_defaults(run=_bench)
@@ -167,6 +168,7 @@ def _bench(args: argparse.Namespace) -> int:
         threads=args.threads,
         medusa=args.medusa,
         http=args.http,
+        enforce_eager=args.enforce_eager,
     )
     return run(settings, args.out)
 

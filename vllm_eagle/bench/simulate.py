@@ -81,13 +81,13 @@ def with_budget(
         spent, kept = 0.0, [0] * len(drawn)
         if drawn:
             shallow = [tree.depths <= depth for tree in drawn]
-            rows = [num_requests, *_rows(drawn, depth)]
-            drafting_s = float(head(np.array(rows)).sum())
-            budget.saw_drafting(drafting_s, num_requests, rows)
+            rows = _rows(drawn, depth)
+            first_s, levels_s = float(head(np.array(num_requests))), float(head(np.array(rows)).sum())
+            budget.saw_drafting(first_s, levels_s, num_requests, rows)
             scores = [tree.scores[few][:num_draft_tokens] for tree, few in zip(drawn, shallow, strict=True)]
             depths = [tree.depths[few][:num_draft_tokens] for tree, few in zip(drawn, shallow, strict=True)]
             kept = budget.keep(scores, depths, depth, num_requests)
-            spent += drafting_s
+            spent += first_s + levels_s
             for tree, few, number in zip(drawn, shallow, kept, strict=True):
                 places = np.flatnonzero(few)[:number]
                 tokens += int(np.isin(tree.path[:depth], places).cumprod().sum())

@@ -47,6 +47,7 @@ class Settings:
     threads: int | None
     medusa: str | None = None
     http: bool = False
+    enforce_eager: bool = False
 
 
 Answer = Callable[[Sequence[Ask], int], Generated]  # requests, how many at once
@@ -100,6 +101,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
     common: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": longest,
+        "enforce_eager": settings.enforce_eager,
         "kv_cache_memory_bytes": 1 << 30,
         "max_num_seqs": most,
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.

@@ -5,6 +5,7 @@ values to the head's own layer of the paged cache: that is vLLM's first pass, un
 nodes, whose keys and values stay in scratch. Which nodes to draft is decided in vllm_eagle/draft.py.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class EagleTreeProposer(EagleProposer):
         self._constraints = constraints
         self._keep = keep
         self._paths = paths
-        self.pass_rows: list[int] = []  # tokens in each pass of the head in the last step
+        self.level_rows: list[int] = []  # nodes in each level that the head ran in the last step
+        self.levels_s = 0.0  # seconds from the first level on
         self.num_drafting = 0  # requests that it drafted for
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
         feature_bytes = vllm_config.model_config.get_hidden_size() * (3 if self.method == "eagle3" else 1) * self.dtype.itemsize
@@ -115,7 +117,7 @@ class EagleTreeProposer(EagleProposer):
         """Draft one tree per request; returns the tokens of nodes 1..n of each, empty for requests that cannot draft."""
         whole = FirstPass(target_token_ids, next_token_ids, target_positions, target_hidden_states, common_attn_metadata)
         drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
-        self.pass_rows = []
+        self.level_rows, self.levels_s, self.num_drafting = [], 0.0, 0
         step = self._plan(num_speculative_tokens)
         for late in catching_up(whole, step.req_ids, step.rows_now, self._backlog, self.block_size, self.max_num_tokens):
             self._first_pass(late)
@@ -123,7 +125,7 @@ class EagleTreeProposer(EagleProposer):
         if not step.rows_now:
             return drafts
         last_hidden, hidden, last_rows = self._first_pass(newest)
-        self.pass_rows, self.num_drafting = [len(newest.token_ids)], len(step.requests)
+        self.num_drafting = len(step.requests)
         if step.requests:
             rows = last_rows[torch.tensor([step.rows_now.index(row) for row in step.requests], device=self.device)]
             chosen = torch.tensor(list(step.requests), device=self.device)
@@ -137,6 +139,8 @@ class EagleTreeProposer(EagleProposer):
                 self._config,
                 self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
             )
+            if level_pass.started_s is not None:
+                self.levels_s = time.perf_counter() - level_pass.started_s
             for row, tree in self._keep(dict(zip(step.requests, trees, strict=True))).items():
                 drafts[row] = tree.draft_token_ids
         return drafts
@@ -225,12 +229,15 @@ class _LevelPass:
         root_hidden: torch.Tensor,  # [num_drafting, hidden], what the head made of the root
         root_positions: torch.Tensor,  # [num_drafting]
     ):
+        self.started_s: float | None = None
         self._proposer = proposer
         self._positions = root_positions
         self._hidden = root_hidden[:, None]  # [num_drafting, width, hidden] of the previous level
         self._levels = DraftLevels(metadata.block_table_tensor[chosen], metadata.seq_lens[chosen].long())
 
     def __call__(self, level: Level) -> torch.Tensor:
+        if self.started_s is None:
+            self.started_s = time.perf_counter()
         proposer = self._proposer
         self._levels.start(level)
         num_reqs, width = level.token_ids.shape
@@ -238,7 +245,7 @@ class _LevelPass:
         # A node beyond the model's length is never scheduled; its position only has to stay inside the rotary table.
         positions = (self._positions[:, None] + level.depth).clamp(max=proposer.max_model_len - 1)
         rows = num_reqs * width
-        proposer.pass_rows.append(rows)
+        proposer.level_rows.append(rows)
         mode, num_input_tokens, across_dp = proposer._determine_batch_execution_and_padding(rows)
         proposer.input_ids[:rows] = level.token_ids.flatten()
         proposer._set_positions(rows, positions.expand(-1, width).flatten())

@@ -336,13 +336,13 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         """Tell the budget what this step's pass and the last step's drafting took."""
         if self.budget is None:
             return
-        gap_s, pass_s, draft_s = costs.agree(self._clock.read())
+        gap_s, pass_s, draft_s, levels_s = costs.agree([*self._clock.read(), self.drafter.levels_s])
         if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
             self.budget.saw_gap(gap_s)
         if not self._prompt_rows:
             self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens)
-        if len(self.drafter.pass_rows) > 1:
-            self.budget.saw_drafting(draft_s, self.drafter.num_drafting, self.drafter.pass_rows)
+        if self.drafter.num_drafting:
+            self.budget.saw_drafting(draft_s - levels_s, levels_s, self.drafter.num_drafting, self.drafter.level_rows)
 
     def _plan(self, most_draft_tokens: int) -> DraftPlan:
         """What to draft for the next step."""
