@@ -118,14 +118,14 @@ class Streams:
 
     def __init__(self, server: Server, number: int):
         self._server = server
-        self.begun = threading.Semaphore(0)
+        self._begun = [threading.Semaphore(0) for _ in range(number)]
         self.ends: list[str] = []
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(number)]
         for thread in self._threads:
             thread.start()
-        # All are decoding, some for a while.
-        for _ in range(4 * number):
-            assert self.begun.acquire(timeout=START_S), "no stream begins"
+        # All are decoding.
+        for begun in 4 * self._begun:
+            assert begun.acquire(timeout=START_S), "a stream does not begin"
 
     def _run(self, i: int) -> None:
         body = {"model": MODEL, "prompt": [5 + i, 6, 7], "max_tokens": LONG, "ignore_eos": True, "stream": True}
@@ -138,7 +138,7 @@ class Streams:
                     elif line.startswith('data: {"error"') or '"finish_reason":"abort"' in line:
                         end = "error"
                     if line:
-                        self.begun.release()
+                        self._begun[i].release()
         except httpx.TimeoutException:
             end = "hung"
         except httpx.TransportError:

@@ -11,6 +11,7 @@ plugin.py (the entry point), serving/ (metrics and the live page), llm.py and be
 
 What users set: config.py and flags.py (options), per_request.py (one request's), serve.py (turned into vLLM's). What operators see:
 metrics.py counts in the worker, stats_file.py carries it to the server, serving/ shows it, matrix.py lists what works together.
+native/ is the C++ that CPUs run in place of torch, where one call saves many. bench/ measures speed and simulates other hardware.
 train/ makes heads, evaluate/ measures them without vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
 """
 

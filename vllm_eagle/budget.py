@@ -125,7 +125,7 @@ class Budget:
     _FADE = 0.05  # how fast the profile follows the last trees
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
     _PROBE_LEVELS = 2  # deeper than what is chosen
-    _MARGIN = 1.02  # drafting must promise so much more than plain decoding; below it noise decides
+    _MARGIN = 1.05  # drafting must promise so much more than plain decoding; below it noise decides, and prompts in the passes
 
     def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
         self.target, self.head = target, head
@@ -217,16 +217,15 @@ class Budget:
         self.outside_s += self._FADE * (min(seconds, _OUTLIER * max(self.outside_s, 1e-3)) - self.outside_s)
 
     def _learn(self, probabilities: np.ndarray, levels: np.ndarray, drafted_depth: int) -> None:
-        nodes = self._profile.shape[1]
-        width = min(probabilities.shape[1], nodes)
-        for depth in range(1, drafted_depth + 1):
-            best = -np.sort(-np.where(levels <= depth, probabilities, 0.0), axis=1)[:, :width]
-            mean = np.pad(best.mean(0), (0, nodes - width))
-            fade = max(self._FADE, 1 / (1 + self._seen[depth - 1]))  # the first ones count in full
-            self._profile[depth - 1] += fade * (mean - self._profile[depth - 1])
-            deepest = np.where(levels == depth, probabilities, 0.0).max(1).mean()
-            self._deepest[depth - 1] += fade * (deepest - self._deepest[depth - 1])
-            self._seen[depth - 1] += 1
+        nodes, few = self._profile.shape[1], slice(drafted_depth)
+        depths = np.arange(1, drafted_depth + 1)[:, None, None]
+        best = -np.sort(-np.where(levels <= depths, probabilities, 0.0), axis=2)[..., :nodes].mean(1)
+        best = np.pad(best, ((0, 0), (0, nodes - best.shape[1])))
+        deepest = np.where(levels == depths, probabilities, 0.0).max(2).mean(1)
+        fade = np.maximum(self._FADE, 1 / (1 + self._seen[few]))  # the first ones count in full
+        self._profile[few] += fade[:, None] * (best - self._profile[few])
+        self._deepest[few] += fade * (deepest - self._deepest[few])
+        self._seen[few] += 1
 
     def _expected(self) -> np.ndarray:
         """The profile. Levels never drafted add a node each, less probable than the last one as that is than its parent."""
