@@ -89,6 +89,19 @@ def test_more_confident_is_never_less_probable(seen: list[tuple[float, bool]], s
     assert ((found >= 0) & (found <= 1)).all()
 
 
+@pytest.mark.parametrize("probability", [0.001, 0.05, 0.3, 0.8])
+def test_the_score_of_a_probability(probability: float) -> None:
+    calibration = Calibration()
+    score = calibration.score_of(probability)
+    assert float(calibration(np.array(score))) >= probability
+    assert score < -7 or float(calibration(np.array(score - 0.06))) < probability
+
+
+def test_no_score_is_sure_enough() -> None:
+    assert Calibration().score_of(1.0) == 0.0
+    assert Calibration().score_of(0.0) == -np.inf
+
+
 # ---- how many nodes
 
 
@@ -133,27 +146,57 @@ CHEAP_HEAD = CostCurve([1, 64], [1e-4, 2e-4])
 
 def test_where_passes_are_free_everything_is_drafted_and_verified() -> None:
     made = budget(FLAT, CHEAP_HEAD)
-    assert made.depth(1) == 8
+    assert made.plan(1).depth == 8
     scores, depths = tree()
     assert made.keep([scores], [depths], 8, 1) == [16]
 
 
 def test_where_tokens_cost_what_they_yield_nothing_is_drafted() -> None:
     made = budget(LINEAR, CHEAP_HEAD)
-    assert [made.depth(4) for _ in range(20)] == [0] * 20
+    assert [made.plan(4).depth for _ in range(20)] == [0] * 20
     scores, depths = tree()
     assert made.keep([scores - 0.4] * 4, [depths] * 4, 8, 4) == [0] * 4  # though drafting is paid for
 
 
 def test_a_head_as_slow_as_the_target_is_not_asked() -> None:
-    assert budget(FLAT, FLAT).depth(1) == 0
+    assert budget(FLAT, FLAT).plan(1).depth == 0
 
 
 def test_a_slower_head_is_asked_for_fewer_levels() -> None:
-    depths = [budget(FLAT, CostCurve([1, 64], [s, s])).depth(1) for s in (1e-4, 2e-3, 4e-3, 1e-2)]
+    depths = [budget(FLAT, CostCurve([1, 64], [s, s])).plan(1).depth for s in (1e-4, 2e-3, 4e-3, 1e-2)]
     assert depths == sorted(depths, reverse=True)
     assert depths[0] == 8
     assert 0 < depths[2] < 8
+
+
+def test_children_that_cannot_pay_are_not_drafted() -> None:
+    """The more requests, the more a second of the target's is worth, and the likelier a node must be."""
+    made = budget(CostCurve([1, 1024], [0.02, 0.22]), CHEAP_HEAD)
+    one, eight = made.plan(1), made.plan(8)
+    assert one.node_floor < eight.node_floor - 0.5 < -0.6
+    for plan in (one, eight):
+        assert float(made.calibration(np.array(plan.node_floor))) == pytest.approx(plan.node_price, rel=0.1)
+    assert budget(FLAT, CHEAP_HEAD).plan(1).node_floor == -np.inf
+
+
+def test_a_level_that_cannot_pay_is_not_drafted() -> None:
+    """The price of a level is shared by all requests, each with what its likely nodes are worth more than they cost."""
+    made = budget(FLAT, CostCurve([1, 64], [0.004, 0.004]))
+    plan = made.plan(4)
+    assert plan.level_price == pytest.approx(made.rates(4).max() * 0.004)
+    likely, unlikely = np.full((4, 2), -0.5), np.full((4, 2), -4.0)
+    assert made.pays(plan, likely)
+    assert not made.pays(plan, unlikely)
+    assert made.pays(plan, np.concatenate([likely, unlikely]))
+    assert not made.pays(plan, np.zeros((4, 0)))
+
+
+def test_levels_that_rarely_run_cost_little() -> None:
+    often, rarely = (budget(FLAT, CostCurve([1, 64], [0.002, 0.002])) for _ in range(2))
+    for _ in range(300):
+        often.saw_drafting(0.002, 0.014, 1, [1] * 7, 8)
+        rarely.saw_drafting(0.002, 0.002, 1, [1], 8)
+    assert rarely.rates(1)[8] > 1.1 * often.rates(1)[8]
 
 
 def test_trees_shrink_as_load_grows() -> None:
@@ -176,12 +219,12 @@ def test_sure_requests_get_the_nodes_of_hopeless_ones() -> None:
 
 def test_it_looks_again_less_and_less_often_and_sees_a_change() -> None:
     made = budget(LINEAR, CHEAP_HEAD)
-    depths = [made.depth(4) for _ in range(2000)]
+    depths = [made.plan(4).depth for _ in range(2000)]
     probes = np.flatnonzero(depths)
     assert 4 <= len(probes) <= 12
     assert (np.diff(np.diff(probes)) >= 0).all()
     made.target = FLAT
-    assert made.depth(4) == 8
+    assert made.plan(4).depth == 8
 
 
 def test_no_trees() -> None:
@@ -193,34 +236,34 @@ def test_no_trees() -> None:
 def test_costs_of_drafting_and_of_the_gap_are_followed() -> None:
     made = budget(FLAT, CHEAP_HEAD)
     for _ in range(300):
-        made.saw_drafting(0.01, 0.07, 1, [4] * 7)
+        made.saw_drafting(0.01, 0.07, 1, [4] * 7, 8)
         made.saw_gap(0.005)
     assert float(made.head(np.array([4] * 7)).sum()) == pytest.approx(0.07, rel=0.1)
     assert made.first_s == pytest.approx(0.01, rel=0.05)
     assert made.outside_s == pytest.approx(0.005, rel=0.05)
-    assert made.depth(1) < 8
+    assert made.plan(1).depth < 8
 
 
 def test_what_is_spent_anyway_makes_no_level_dearer() -> None:
     """A slow beginning tells for no drafting or for more of it, not for fewer levels."""
     quick, slow = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)
     for _ in range(100):
-        quick.saw_drafting(0.0001, 0.014, 1, [4] * 7)
-        slow.saw_drafting(0.003, 0.014, 1, [4] * 7)
-    assert slow.depth(1) >= quick.depth(1) > 0
+        quick.saw_drafting(0.0001, 0.014, 1, [4] * 7, 8)
+        slow.saw_drafting(0.003, 0.014, 1, [4] * 7, 8)
+    assert slow.plan(1).depth >= quick.plan(1).depth > 0
     for _ in range(100):
-        slow.saw_drafting(0.1, 0.014, 1, [4] * 7)
-    assert slow.depth(1) == 0
+        slow.saw_drafting(0.1, 0.014, 1, [4] * 7, 8)
+    assert slow.plan(1).depth == 0
 
 
 def test_what_every_pass_costs_is_shared_by_more_tokens() -> None:
     """Tokens cost what they yield; but if a pass takes a second longer whatever it holds, it had better hold many."""
     made = budget(LINEAR, CHEAP_HEAD)
-    assert made.depth(4) == 0
+    assert made.plan(4).depth == 0
     for _ in range(60):
         for tokens in (4, 20):
             made.saw_pass(float(LINEAR(np.array(tokens))) + 1.0, tokens)
-    assert made.depth(4) > 0
+    assert made.plan(4).depth > 0
 
 
 def test_same_numbers_same_decisions() -> None:
@@ -228,5 +271,5 @@ def test_same_numbers_same_decisions() -> None:
     one, other = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)
     scores, depths = tree()
     for _ in range(50):
-        assert one.depth(3) == other.depth(3)
+        assert one.plan(3).depth == other.plan(3).depth
         assert one.keep([scores] * 3, [depths] * 3, 8, 3) == other.keep([scores] * 3, [depths] * 3, 8, 3)

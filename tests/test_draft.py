@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -110,6 +111,42 @@ def test_grown_trees_keep_their_promises(seed: int, num_draft_tokens: int, mode:
         assert (tree.scores[1:] <= tree.scores[:-1] + 1e-6).all()  # the best nodes first: trimming keeps the best tree
         assert len(paths_of(tree)) == tree.num_nodes - 1  # siblings differ
         assert tree.depths.max() <= config.depth_limit
+
+
+@pytest.mark.parametrize("floor", [-0.5, -1.5, -2.5])
+def test_nodes_below_the_floor_get_no_children(floor: float) -> None:
+    config = TreeConfig(num_draft_tokens=60, max_depth=3)
+    trees = []
+    for bound in (-math.inf, floor):
+        head = TableHead(1, 5, 1.0)
+        trees += grow([Request(7, 60)], head.root_logits(), head, config, node_floor=bound)
+    everything, few = trees
+    kept = {path for path in paths_of(everything) if len(path) == 1 or parent_score(everything, path) > floor}
+    assert paths_of(few).keys() >= kept
+    assert all(len(path) == 1 or parent_score(few, path) > floor for path in paths_of(few))
+    assert few.num_nodes < everything.num_nodes
+
+
+def parent_score(tree: DraftTree, path: Path) -> float:
+    """Score of the node above the one at the end of a path."""
+    return paths_of(tree)[path[:-1]]
+
+
+def test_growth_stops_where_it_is_told_not_to_pay() -> None:
+    """It is asked after every level, with the scores of the nodes that could have children."""
+    asked: list[np.ndarray] = []
+
+    def pays(scores: np.ndarray) -> bool:
+        asked.append(scores)
+        return len(asked) < 3
+
+    head = TableHead(2, 3, 1.0)
+    trees = grow([Request(7, 20), Request(8, 0)], head.root_logits(), head, TreeConfig(max_depth=8), pays=pays)
+    assert [int(tree.depths.max()) for tree in trees] == [3, 0]
+    assert len(asked) == 3
+    best = max(score for path, score in paths_of(trees[0]).items() if len(path) == 3)
+    assert asked[2][0, 0] == np.float32(best)
+    assert np.isneginf(asked[2][1]).all()
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([0.3, 1.0, 4.0]))

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from tests.engines import engine, generate, tokens, tree_stats, trees
 from vllm_eagle.bench.offline import encode_prompts
-from vllm_eagle.budget import Budget
+from vllm_eagle.budget import Budget, Plan
 from vllm_eagle.engine import proposer
 from vllm_eagle.engine.proposer import DraftPlan
 from vllm_eagle.engine.runner import EagleTreeCPUModelRunner
@@ -34,7 +34,7 @@ def depths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], 
 
     def decide(depth_of_step: Callable[[int], int]) -> None:
         steps = iter(range(10**6))
-        monkeypatch.setattr(Budget, "depth", lambda self, num_requests: depth_of_step(next(steps)))
+        monkeypatch.setattr(Budget, "plan", lambda self, num_requests: Plan(depth_of_step(next(steps))))
         monkeypatch.setattr(Budget, "keep", lambda self, scores, *_: [len(each) for each in scores])
 
     return decide

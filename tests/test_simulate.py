@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_eagle.bench.simulate import RECORDED, _recorded, best_fixed, read, roofline, simulate, with_budget
+from vllm_eagle.budget import Plan
 from vllm_eagle.cli import main
 
 # Root, two children of it, a child of the first: nodes 1, 2, 3; the last one of them was accepted with its parent.
@@ -17,7 +18,10 @@ HEAD = {"weight_bytes": 1.6e9, "flops_per_token": 1.6e9, "bandwidth": 3.35e12, "
 
 def test_a_recorded_tree() -> None:
     assert TREE.depths.tolist() == [1, 1, 2]
-    assert TREE.rows.tolist() == [1, 1]
+    assert TREE.parent_scores.tolist() == [0.0, 0.0, -0.1]
+    assert TREE.rows(3).tolist() == [1, 0]
+    assert TREE.drafted(2, Plan(2)).tolist() == [0, 1, 2]
+    assert TREE.drafted(1, Plan(2)).tolist() == TREE.drafted(2, Plan(2, node_floor=-0.05)).tolist() == [0, 1]
     assert [TREE.accepted(number, 8) for number in range(4)] == [0, 1, 1, 2]
     assert TREE.accepted(3, 1) == 1
 

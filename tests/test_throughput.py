@@ -73,9 +73,8 @@ def test_every_round_asks_something_else() -> None:
 
 
 @pytest.mark.parametrize("http", [False, True], ids=["offline", "http"])
-def test_measured(monkeypatch: pytest.MonkeyPatch, http: bool) -> None:
+def test_measured(http: bool) -> None:
     """Engines in processes of their own, on a model for which times mean nothing; answers do."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     chosen = settings(max_tokens=20, concurrency=(3,), rounds=2, temperature=1.0, only=["trees"], http=http, enforce_eager=True)
     prompts = [list(range(10 + i, 40 + i)) for i in range(8)]
     result = measure(chosen, prompts, variants(chosen))

@@ -8,6 +8,7 @@ Numbers in, numbers out: no clock and no chance, so that ranks which are given t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,6 +42,10 @@ class CostCurve:
     def points(self) -> list[tuple[int, float]]:
         """Tokens and seconds, as of now."""
         return list(zip(self._tokens.astype(int).tolist(), (self._seconds + self._offset_s).tolist(), strict=True))
+
+    def __str__(self) -> str:
+        """Milliseconds by tokens."""
+        return ", ".join(f"{tokens}: {1e3 * seconds:.1f}" for tokens, seconds in self.points)
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds, never less for more tokens; beyond the last point the last slope goes on."""
@@ -76,6 +81,7 @@ class Calibration:
     """
 
     _EDGES = np.array([-7, -5, -4, -3, -2.5, -2, -1.5, -1, -0.75, -0.5, -0.35, -0.2, -0.1, -0.06, -0.03, -0.01])
+    _GRID = np.linspace(-8.0, 0.0, 161)
     _PRIOR = 20.0  # nodes that the head's own confidence stands for
     _HALF_LIFE = 4000.0  # nodes of a bucket
 
@@ -84,6 +90,7 @@ class Calibration:
         self._centers = np.concatenate([[1.3 * self._EDGES[0]], middles, [self._EDGES[-1] / 2]])
         self._verified = np.zeros(len(self._centers))
         self._accepted = np.zeros(len(self._centers))
+        self._found = np.exp(self._centers)  # probabilities of nodes with scores like `_centers`
 
     def update(self, scores: np.ndarray, accepted: np.ndarray) -> None:
         """Count verified nodes: scores [n] and whether each was accepted [n]."""
@@ -92,15 +99,21 @@ class Calibration:
         fade = 0.5 ** (verified / self._HALF_LIFE)
         self._verified = self._verified * fade + verified
         self._accepted = self._accepted * fade + np.bincount(buckets, weights=accepted, minlength=len(self._centers))
+        prior = self._PRIOR * np.exp(self._centers)
+        self._found = np.maximum.accumulate((self._accepted + prior) / (self._verified + self._PRIOR))
+
+    def score_of(self, probability: float) -> float:
+        """The lowest score, on a grid, of nodes that are at least so probable; 0 if none is, minus infinity if all are."""
+        place = int(np.searchsorted(self(self._GRID), probability))
+        if place == 0:
+            return float("-inf")
+        return float(self._GRID[place]) if place < len(self._GRID) else 0.0
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Probabilities of nodes with these scores; minus infinity gives 0."""
-        prior = np.exp(self._centers)
-        found = (self._accepted + self._PRIOR * prior) / (self._verified + self._PRIOR)
-        known = np.interp(scores, self._centers, np.maximum.accumulate(found))
-        below = scores < self._centers[0]  # further down the confidence says how fast it goes on
-        tail = known * np.exp(np.where(below & np.isfinite(scores), scores - self._centers[0], 0.0))
-        return np.where(np.isfinite(scores), np.where(below, tail, known), 0.0)
+        known = np.interp(scores, self._centers, self._found)
+        # Further down the confidence says how fast it goes on.
+        return known * np.exp(np.minimum(scores - self._centers[0], 0.0))
 
 
 def best_number(probabilities: np.ndarray, num_requests: int, cost: CostCurve, drafting_s: float = 0.0) -> tuple[int, float]:
@@ -119,8 +132,18 @@ def best_number(probabilities: np.ndarray, num_requests: int, cost: CostCurve, d
     return best, float(rates[best])
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to draft in a step."""
+
+    depth: int  # most levels; 0 is plain decoding
+    node_floor: float = float("-inf")  # children of nodes with no higher score are not worth their place in the target's pass
+    node_price: float = 0.0  # tokens that could be made in the time of a node's place in the target's pass ...
+    level_price: float = 0.0  # ... and in that of the head's pass over another level of all requests
+
+
 class Budget:
-    """Decides for one engine. `depth` says how deep to draft before a step is drafted, `keep` what of it to verify."""
+    """Decides for one engine. `plan` says what to draft before a step is drafted, `keep` what of it to verify."""
 
     _FADE = 0.05  # how fast the profile follows the last trees
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
@@ -139,12 +162,13 @@ class Budget:
         self._seen = np.zeros(depth_limit)  # [depth - 1] how often trees of that depth were seen
         self._deepest = np.zeros(depth_limit)  # [depth - 1] mean probability of a request's best node of exactly this depth
         self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth
+        self._runs = np.ones(depth_limit)  # [depth] how often there is such a pass where drafting may go so deep
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
         self._last = 0
 
-    def depth(self, num_requests: int) -> int:
-        """How many levels to draft for so many requests; 0 is plain decoding. Now and then some more, to learn."""
-        rates = self.rates(num_requests)
+    def plan(self, num_requests: int) -> Plan:
+        """What to draft for so many requests. Now and then more than pays, to learn."""
+        rates, numbers = self._outlook(num_requests)
         best = int(rates.argmax())
         if rates[best] < self._MARGIN * rates[0]:
             best = 0
@@ -155,16 +179,30 @@ class Budget:
             # What was learned again and again is asked less and less often.
             self._probe_every = min(2 * self._probe_every, self._PROBE_AT_MOST) if best == self._last else self._PROBE_EVERY
             self._steps_since_probe, self._last = 0, best
-            return min(best + self._PROBE_LEVELS, self._depth_limit)
-        return best
+            return Plan(min(best + self._PROBE_LEVELS, self._depth_limit))
+        if best == 0:
+            return Plan(0)
+        tokens = num_requests * (1 + numbers[best])
+        row_s = float(np.diff(self.target(np.array([tokens - num_requests, tokens])))[0]) / num_requests
+        node_price, level_price = float(rates[best]) * row_s, float(rates[best] * self.head(np.array(num_requests)))
+        return Plan(best, self.calibration.score_of(node_price), node_price, level_price)
+
+    def pays(self, plan: Plan, scores: np.ndarray) -> bool:
+        """Whether another level may pay after one with these scores: a child is at most as probable as its parent."""
+        return float((self.calibration(scores) - plan.node_price).clip(min=0.0).sum()) >= plan.level_price
 
     def rates(self, num_requests: int) -> np.ndarray:
         """Tokens per second to expect of drafting 0, 1, ... levels, each with its best number of nodes: [depth_limit + 1]."""
+        return self._outlook(num_requests)[0]
+
+    def _outlook(self, num_requests: int) -> tuple[np.ndarray, np.ndarray]:
+        """`rates`, and the best numbers of nodes per request."""
         drafting_s = self._drafting_s(num_requests)
         nodes = np.arange(self._profile.shape[1] + 1)
         seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
         expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1)], 1))
-        return np.concatenate([[num_requests / seconds[0]], (expected / (seconds + drafting_s[:, None])).max(1)])
+        drafted = expected / (seconds + drafting_s[:, None])
+        return np.append(num_requests / seconds[0], drafted.max(1)), np.append(0, drafted.argmax(1))
 
     def keep(self, scores: Sequence[np.ndarray], depths: Sequence[np.ndarray], drafted_depth: int, num_requests: int) -> list[int]:
         """How many nodes of each tree to verify.
@@ -195,11 +233,12 @@ class Budget:
         """A target pass over so many tokens, without prompts, took `seconds`."""
         self.target.correct(num_tokens, seconds)
 
-    def saw_drafting(self, first_s: float, levels_s: float, num_requests: int, rows: Sequence[int]) -> None:
+    def saw_drafting(self, first_s: float, levels_s: float, num_requests: int, rows: Sequence[int], depth: int) -> None:
         """Drafting took `first_s` up to the first level, the head's pass over committed tokens included, then `levels_s`,
-        in which the head ran over `rows` tokens, level by level.
+        in which the head ran over `rows` tokens, level by level; `depth` levels were allowed.
         """
         self.first_s += _FAST_STEP * (min(max(first_s, 0.0), _OUTLIER * self.first_s) - self.first_s)
+        self._runs[1:depth] += self._FADE * ((np.arange(1, depth) <= len(rows)) - self._runs[1:depth])
         if not rows or levels_s <= 0:
             return
         expected = float(self.head(np.array(rows)).sum())
@@ -210,7 +249,8 @@ class Budget:
 
     def _drafting_s(self, num_requests: int) -> np.ndarray:
         """Seconds of drafting 1, 2, ... levels: [depth_limit]. The first one comes out of the pass over committed tokens."""
-        return self.first_s + np.append(0.0, self.head(num_requests * self._rows[1:]).cumsum())
+        runs = np.minimum.accumulate(self._runs)[1:]  # no level without the one above
+        return self.first_s + np.append(0.0, (runs * self.head(num_requests * self._rows[1:])).cumsum())
 
     def saw_gap(self, seconds: float) -> None:
         """Between the end of a step and the start of the next one lay `seconds`."""

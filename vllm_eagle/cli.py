@@ -3,7 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,44 +137,21 @@ def _eval(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from vllm_eagle.bench.compare import Settings, run
 
-    model, head = _pair(args)
-    settings = Settings(
-        model=model,
-        head=head,
-        prompts=args.prompts,
-        limit=args.limit,
-        temperature=args.temperature,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        dtype=args.dtype,
-        only=args.only,
-        medusa=args.medusa,
-    )
-    return run(settings, args.json)
+    args.model, args.head = _pair(args)
+    return run(_fill(Settings, args), args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:
     from vllm_eagle.bench.throughput import Settings, run
 
-    model, head = _pair(args)
-    settings = Settings(
-        model=model,
-        head=head,
-        prompts=args.prompts,
-        temperature=args.temperature,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        dtype=args.dtype,
-        concurrency=tuple(args.concurrency),
-        rounds=args.rounds,
-        num_draft_tokens=args.num_draft_tokens,
-        only=args.only,
-        threads=args.threads,
-        medusa=args.medusa,
-        http=args.http,
-        enforce_eager=args.enforce_eager,
-    )
-    return run(settings, args.out)
+    args.model, args.head = _pair(args)
+    args.concurrency = tuple(args.concurrency)
+    return run(_fill(Settings, args), args.out)
+
+
+def _fill(settings: Callable[..., T], args: argparse.Namespace) -> T:
+    """Settings whose fields are named as the arguments are."""
+    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ parent's and the best nodes always form a tree, whose every prefix in score orde
 Two things differ from EAGLE-2:
 - Coupled drafting. A sampled token is `argmax(log p / T + noise)` with noise that is known before drafting. Ranking children by
   `log q / T + noise` proposes what the target is about to sample; at T = 0 the noise is zero and this is plain EAGLE-2.
-- Growth stops when no unexpanded node could still enter the tree, so a small confident tree becomes a chain by itself and
-  hopeless branches cost no head pass. With as many nodes as a chain, the tree contains the chain where that is best.
+- Growth stops when no unexpanded node could still enter the tree, or another level would not pay: a small confident tree becomes
+  a chain by itself and hopeless branches cost no head pass. With as many nodes as a chain, the tree contains the chain where that
+  is best.
 
 Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
 """
@@ -49,6 +50,7 @@ class Request:
 
 
 RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, vocab] after each node of the level
+Pays = Callable[[np.ndarray], bool]  # scores [num_reqs, num_nodes] of the newest nodes that could be expanded -> whether to
 NoiseAt = Callable[[int], torch.Tensor]  # depth of the drafted token -> noise [num_reqs, vocab], zero for greedy requests
 
 
@@ -58,12 +60,14 @@ def grow(
     run_head: RunHead,
     config: TreeConfig,
     noise_at: NoiseAt | None = None,  # None: uncoupled
+    node_floor: float = NEVER,  # of dynamic trees: nodes with no higher score get no children
+    pays: Pays | None = None,  # of dynamic trees: whether to go on after such a level; None: as long as nodes may enter a tree
 ) -> list[DraftTree]:
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     pool = _Pool(requests, config, root_logits.device)
     coupled = noise_at is not None
     ranker = _Ranker(requests, config.confidence_scale, coupled, root_logits.device)
-    frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children)
+    frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children, node_floor, pays)
     logits = root_logits[:, None]
     for depth in range(1, config.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
@@ -184,8 +188,9 @@ class _Pool:
 class _BestFrontier:
     """Dynamic trees: expand the best nodes of the newest level that could still lead into the tree."""
 
-    def __init__(self, pool: _Pool, width: int):
+    def __init__(self, pool: _Pool, width: int, node_floor: float, pays: Pays | None):
         self._pool, self._width = pool, width
+        self._node_floor, self._pays = node_floor, pays
 
     def allowed(self, depth: int, confidences: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(confidences, dtype=torch.bool)
@@ -194,8 +199,12 @@ class _BestFrontier:
         newest = self._pool.scores[:, self._pool.level_start :]
         newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
         scores, places = newest.topk(min(self._width, newest.shape[1]), dim=1)
-        hopeful = (scores > self._pool.nth_best()[:, None]).sum(1).max().item()
-        return places[:, : int(hopeful)] if hopeful else None
+        bound = self._pool.nth_best().clamp(min=self._node_floor)[:, None]
+        hopeful = scores > bound
+        width = int(hopeful.sum(1).max().item())
+        if not width or (self._pays is not None and not self._pays(scores.where(hopeful, NEVER)[:, :width].cpu().numpy())):
+            return None
+        return places[:, :width]
 
 
 class _StaticFrontier:

@@ -12,7 +12,7 @@ from vllm_eagle.train.rows import read_rows
 from vllm_eagle.train.target import load_tokenizer
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
 
 BUILT_IN_PROMPTS = Path(__file__).parents[1] / "prompts" / "gsm8k.jsonl"
 
@@ -92,11 +92,16 @@ def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["Samplin
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], [p.clone() for p in params], use_tqdm=False, **options)
     seconds = time.perf_counter() - start
     drafts, accepted = (after - was for after, was in zip(_counters(llm), before, strict=True))
+    return generated(outputs, seconds, tau=1 + accepted / drafts if drafts else 1.0)
+
+
+def generated(outputs: Sequence["RequestOutput"], seconds: float, tau: float) -> Generated:
+    """What vLLM's outputs tell."""
     return Generated(
         token_ids=[list(output.outputs[0].token_ids) for output in outputs],
         texts=[output.outputs[0].text for output in outputs],
         seconds=seconds,
-        tau=1 + accepted / drafts if drafts else 1.0,
+        tau=tau,
         first_token_s=[output.metrics.first_token_latency for output in outputs],
         next_token_s=[
             (output.metrics.last_token_ts - output.metrics.first_token_ts) / max(1, len(output.outputs[0].token_ids) - 1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_eagle.budget import Budget, CostCurve
+from vllm_eagle.budget import Budget, CostCurve, Plan
 from vllm_eagle.tree import node_depths
 
 RECORDED = Path(__file__).with_name("results") / "trees.json"
@@ -29,8 +29,22 @@ class Recorded:
 
     scores: np.ndarray  # [num_nodes] float
     depths: np.ndarray  # [num_nodes] int, from 1
-    rows: np.ndarray  # [deepest] int, nodes of depth 0, 1, ... that have children: what the head runs over, level by level
+    parent_scores: np.ndarray  # [num_nodes] float, 0 of the root
+    is_inner: np.ndarray  # [num_nodes] bool, has children: the head ran over it
     path: np.ndarray  # [num_accepted] int, places of accepted nodes, going down
+
+    def rows(self, depth: int) -> np.ndarray:
+        """What the head runs over after the root, to draft so many levels in full: [depth - 1] int."""
+        return np.bincount(self.depths[self.is_inner], minlength=depth)[1:depth]
+
+    def drafted(self, depth: int, plan: Plan) -> np.ndarray:
+        """Places of the nodes that are drafted in so many levels."""
+        expanded = (self.parent_scores > plan.node_floor) | (self.depths == 1)
+        return np.flatnonzero((self.depths <= depth) & expanded)
+
+    def hopeful(self, depth: int, plan: Plan) -> np.ndarray:
+        """Which nodes of some depth could be expanded: [num_nodes] bool."""
+        return (self.depths == depth) & (self.scores > plan.node_floor)
 
     def accepted(self, num_nodes: int, depth: int) -> int:
         """How many tokens the first nodes, down to some depth, would have yielded beside the bonus token."""
@@ -51,9 +65,9 @@ def read(path: Path) -> list[Recorded]:
 
 
 def _recorded(parents: list[int], scores: list[float], path: list[int]) -> Recorded:
-    depths = node_depths(np.array([parents]))[0]
-    inner = np.unique(parents[1:])
-    return Recorded(np.array(scores[1:]), depths[1:], np.bincount(depths[inner]), np.array(path, np.int64) - 1)
+    depths, above = node_depths(np.array([parents]))[0], np.array(parents[1:])
+    is_inner = np.isin(np.arange(1, len(parents)), above)
+    return Recorded(np.array(scores[1:]), depths[1:], np.array(scores)[above], is_inner, np.array(path, np.int64) - 1)
 
 
 def roofline(
@@ -76,29 +90,35 @@ def with_budget(
     for step in range(steps):
         if step == steps // 2:
             tokens = seconds = nodes = levels = 0.0
-        depth = budget.depth(num_requests)
-        drawn = [trees[order[(step * num_requests + i) % len(trees)]] for i in range(num_requests)] if depth else []
+        plan = budget.plan(num_requests)
+        drawn = [trees[order[(step * num_requests + i) % len(trees)]] for i in range(num_requests)] if plan.depth else []
         spent, kept = 0.0, [0] * len(drawn)
         if drawn:
-            shallow = [tree.depths <= depth for tree in drawn]
-            rows = _rows(drawn, depth)
-            first_s, levels_s = float(head(np.array(num_requests))), float(head(np.array(rows)).sum())
-            budget.saw_drafting(first_s, levels_s, num_requests, rows)
-            scores = [tree.scores[few][:num_draft_tokens] for tree, few in zip(drawn, shallow, strict=True)]
-            depths = [tree.depths[few][:num_draft_tokens] for tree, few in zip(drawn, shallow, strict=True)]
-            kept = budget.keep(scores, depths, depth, num_requests)
+            rows: list[int] = []
+            while 1 + len(rows) < plan.depth:
+                hopeful = [tree.hopeful(1 + len(rows), plan) for tree in drawn]
+                if not budget.pays(plan, np.concatenate([tree.scores[nodes] for tree, nodes in zip(drawn, hopeful, strict=True)])):
+                    break
+                rows.append(sum(int(tree.is_inner[nodes].sum()) for tree, nodes in zip(drawn, hopeful, strict=True)))
+            levels += 1 + len(rows)
+            first_s, levels_s = float(head(np.array(num_requests))), float(head(np.array(rows)).sum()) if rows else 0.0
+            budget.saw_drafting(first_s, levels_s, num_requests, rows, plan.depth)
+            chosen = [tree.drafted(1 + len(rows), plan)[:num_draft_tokens] for tree in drawn]
+            scores, depths = (
+                [of[places] for of, places in zip(each, chosen, strict=True)]
+                for each in ([tree.scores for tree in drawn], [tree.depths for tree in drawn])
+            )
+            kept = budget.keep(scores, depths, plan.depth, num_requests)
             spent += first_s + levels_s
-            for tree, few, number in zip(drawn, shallow, kept, strict=True):
-                places = np.flatnonzero(few)[:number]
-                tokens += int(np.isin(tree.path[:depth], places).cumprod().sum())
-                accepted = np.isin(places, tree.path)
-                budget.calibration.update(tree.scores[places], accepted)
+            for tree, places, number in zip(drawn, chosen, kept, strict=True):
+                accepted = np.isin(places[:number], tree.path)
+                tokens += accepted.sum()
+                budget.calibration.update(tree.scores[places[:number]], accepted)
         pass_s = float(target(np.array(num_requests + sum(kept))))
         budget.saw_pass(pass_s, num_requests + sum(kept))
         tokens += num_requests
         seconds += spent + pass_s
         nodes += sum(kept) / num_requests
-        levels += depth
     measured = steps - steps // 2
     return {"tokens_per_s": tokens / seconds, "nodes": nodes / measured, "levels": levels / measured}
 
@@ -124,7 +144,7 @@ def best_fixed(
 
 def _rows(trees: Sequence[Recorded], depth: int) -> list[int]:
     """What the head runs over after the committed tokens, to draft so many levels of all trees."""
-    return [sum(int(tree.rows[level]) for tree in trees if level < len(tree.rows)) for level in range(1, depth)]
+    return np.sum([tree.rows(depth) for tree in trees], axis=0).tolist()
 
 
 def _copy(curve: CostCurve) -> CostCurve:

@@ -6,11 +6,11 @@ Offline through an engine, or over HTTP with the request function of `vllm bench
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle.bench.offline import Generated
+from vllm_eagle.bench.offline import Generated, generated
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -28,6 +28,9 @@ class Ask:
     max_tokens: int
 
 
+Answer = Callable[[Sequence[Ask], int], Generated]  # of an engine or a server: requests, how many at once
+
+
 def offline(llm: "LLM", asks: Sequence[Ask], at_once: int) -> Generated:
     """Answer all, `at_once` at a time. tau needs an engine with METRICS."""
     waiting = deque(enumerate(asks))
@@ -41,24 +44,14 @@ def offline(llm: "LLM", asks: Sequence[Ask], at_once: int) -> Generated:
             in_flight += 1
         for output in llm.llm_engine.step():
             if output.finished:
-                answers[int(output.request_id.split("-")[0])] = output
+                answers[int(output.request_id)] = output
                 in_flight -= 1
     seconds = time.perf_counter() - start
     outputs = [answers[number] for number in range(len(asks))]
     verified = [drafts for output in outputs if (drafts := output.outputs[0].spec_decode_metrics) is not None]
     num_trees = sum(sum(x.histogram) for x in verified)
     accepted = sum(length * count for x in verified for length, count in enumerate(x.histogram))
-    return Generated(
-        token_ids=[list(output.outputs[0].token_ids) for output in outputs],
-        texts=[output.outputs[0].text for output in outputs],
-        seconds=seconds,
-        tau=1 + accepted / num_trees if num_trees else 1.0,
-        first_token_s=[output.metrics.first_token_latency for output in outputs],
-        next_token_s=[
-            (output.metrics.last_token_ts - output.metrics.first_token_ts) / max(1, len(output.outputs[0].token_ids) - 1)
-            for output in outputs
-        ],
-    )
+    return generated(outputs, seconds, tau=1 + accepted / num_trees if num_trees else 1.0)
 
 
 def _params(ask: Ask) -> "SamplingParams":

@@ -1,6 +1,6 @@
 """`vllm-eagle bench`: output tokens per second of plain vLLM, of its own drafters and of our trees, from one request to many.
 
-One engine, or server, per variant, each in processes of its own, all alive at once. In every round each of them answers the same
+One engine in a process of its own, or one server, per variant, all alive at once. In every round each of them answers the same
 requests in turn, so many at a time, in an order that changes from round to round; ratios are taken within a round, so that what
 disturbs the machine for longer disturbs both sides. Answers are compared with plain vLLM's while timing.
 """
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle.bench import sustained, throughput_report
+from vllm_eagle.bench.apart import engine_apart
 from vllm_eagle.bench.drafters import flags, ours, vllm_chain, vllm_medusa, vllm_ngram
-from vllm_eagle.bench.offline import Generated, encode_prompts, engine, prepare_environment
-from vllm_eagle.bench.sustained import Ask
+from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment
+from vllm_eagle.bench.sustained import Answer, Ask
 
 PLAIN = "plain"
 _TURNS, _FEWEST = 2, 4  # answers per user in a round, and in all at least
-_SETTLE_S = 1.5  # after its last step a worker of vLLM polls for a second, on a core that the next engine needs
+_SETTLE_S = 1.5  # after its last step a server of vLLM polls for a second, on a core that the next one needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,6 @@ class Settings:
     medusa: str | None = None
     http: bool = False
     enforce_eager: bool = False
-
-
-Answer = Callable[[Sequence[Ask], int], Generated]  # requests, how many at once
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -79,7 +77,6 @@ def run(settings: Settings, out: Path | None) -> int:
     if min(settings.concurrency, default=0) < 1 or settings.rounds < 1 or settings.max_tokens < 2:
         raise ValueError("--concurrency and --rounds must be at least 1 and --max-tokens at least 2")
     chosen = variants(settings)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     if settings.threads is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
@@ -134,14 +131,12 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
 
 @contextmanager
 def _engine(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Callable[[], int]]]:
-    """An offline engine: how to ask it, and bytes of its processes."""
+    """An offline engine: how to ask it, and bytes of its process."""
     import psutil  # type: ignore[import-untyped]
 
-    before = set(psutil.Process().children(recursive=True))
     metrics = {} if arguments.keys().isdisjoint(("speculative_config", "spec_model")) else sustained.METRICS
-    with engine(model, **arguments, **metrics) as llm:
-        processes = set(psutil.Process().children(recursive=True)) - before
-        yield partial(sustained.offline, llm), lambda: sum(process.memory_info().rss for process in processes)
+    with engine_apart(model, arguments | metrics) as (answer, number):
+        yield answer, lambda: psutil.Process(number).memory_info().rss
 
 
 @contextmanager

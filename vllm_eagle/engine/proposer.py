@@ -19,7 +19,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from vllm_eagle.attention.cpu import DraftLevels
 from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.draft import Level, NoiseAt, Pays, Request, grow
 from vllm_eagle.engine.backlog import Backlog
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.first_pass import FirstPass, catching_up, divide
@@ -37,6 +37,8 @@ class DraftPlan:
     req_ids: list[str]  # by row in the batch
     requests: dict[int, Request]  # those that get a tree, by row
     rows_now: list[int]  # rising; over whose newest tokens the head is run: those, and prompts
+    node_floor: float  # see `grow`
+    pays: Pays | None
 
 
 class EagleTreeProposer(EagleProposer):
@@ -138,6 +140,8 @@ class EagleTreeProposer(EagleProposer):
                 lambda level: filters(constraints.level(level, level_pass(level))),
                 self._config,
                 self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
+                step.node_floor,
+                step.pays,
             )
             if level_pass.started_s is not None:
                 self.levels_s = time.perf_counter() - level_pass.started_s

@@ -10,6 +10,7 @@ Everything else is vLLM's. Trees live here, by request id; vLLM's scheduler sees
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_eagle import compact
+from vllm_eagle import compact, native
 from vllm_eagle.accept import Walk
-from vllm_eagle.budget import Budget
+from vllm_eagle.budget import Budget, Plan
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.draft import Request
 from vllm_eagle.engine import costs
@@ -66,7 +67,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         self._prompt_rows: list[int] = []  # rows of this step that hold more than the last token and its tree
         self.budget: Budget | None = None  # from `measure_costs` on; None: as many nodes as allowed
         self._clock = StepClock(metrics)
-        self._depth = 0  # levels to draft in this step
+        self._drafting = Plan(0)  # of this step
         self.scorer = EagleTreeScorer(self.sampler)
         self.drafter = EagleTreeProposer(
             self.vllm_config,
@@ -92,6 +93,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             ValueError: a layer cannot; the message says why.
         """
         super().load_model(load_dummy_weights)
+        native.runs()  # built now if need be, not while the first request waits
         for name, layer in self.compilation_config.static_forward_context.items():
             if isinstance(layer, Attention):
                 reasons = layer.impl.not_supported_reasons(self.max_model_len)
@@ -122,14 +124,13 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         target, head = (costs.agreed(curve) for curve in (target, head))
         self.budget = Budget(target, head, self.tree_config.num_draft_tokens, self.tree_config.depth_limit)
         for name, curve in (("target", target), ("head", head)):
-            points = ", ".join(f"{tokens}: {1e3 * seconds:.1f}" for tokens, seconds in curve.points)
-            logger.info("Draft trees: milliseconds of a pass of the %s by tokens in it: %s", name, points)
+            logger.info("Draft trees: milliseconds of a pass of the %s by tokens in it: %s", name, curve)
 
     def _keep_trees(self, trees: dict[int, DraftTree]) -> dict[int, DraftTree]:
         self.tree_metrics.add("num_drafted", sum(tree.num_nodes - 1 for tree in trees.values()))
         if self.budget is not None:
             scores, depths = ([x[1:] for x in each] for each in zip(*((t.scores, t.depths) for t in trees.values()), strict=True))
-            numbers = self.budget.keep(scores, depths, self._depth, self._num_decoding)
+            numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
             trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
@@ -341,17 +342,21 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             self.budget.saw_gap(gap_s)
         if not self._prompt_rows:
             self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens)
-        if self.drafter.num_drafting:
-            self.budget.saw_drafting(draft_s - levels_s, levels_s, self.drafter.num_drafting, self.drafter.level_rows)
+        if (drafter := self.drafter).num_drafting:
+            depth = self._drafting.depth
+            self.budget.saw_drafting(draft_s - levels_s, levels_s, drafter.num_drafting, drafter.level_rows, depth)
 
     def _plan(self, most_draft_tokens: int) -> DraftPlan:
         """What to draft for the next step."""
         for row in self._prompt_rows:  # computed anew from the start, if the head has missed something of it
             self.drafter.forget(self.input_batch.req_ids[row])
         num_decoding = self._num_decoding
-        self._depth = self.tree_config.depth_limit if self.budget is None or not num_decoding else self.budget.depth(num_decoding)
-        requests = self._requests_to_draft(most_draft_tokens)
-        return DraftPlan(list(self.input_batch.req_ids), requests, sorted({*requests, *self._prompt_rows}))
+        self._drafting, pays = Plan(self.tree_config.depth_limit), None
+        if self.budget is not None and num_decoding:
+            self._drafting = plan = self.budget.plan(num_decoding)
+            pays = partial(self.budget.pays, plan)
+        drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
+        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), self._drafting.node_floor, pays)
 
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
@@ -370,7 +375,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                 self.tree_metrics.count_decision("buffer_full")
             elif not self._grammars.ready(req_id):
                 self.tree_metrics.count_decision("grammar")
-            elif self._depth == 0:
+            elif self._drafting.depth == 0:
                 self.tree_metrics.count_decision("budget")
             elif self.drafter.is_lost(req_id):
                 self.tree_metrics.count_decision("left_behind")
@@ -381,7 +386,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
                     root_token_id=int(self.input_batch.token_ids_cpu[row, num_tokens - 1]),
                     num_draft_tokens=min(room, options.num_draft_tokens),
                     temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
-                    max_depth=min(options.max_depth, self._depth),
+                    max_depth=min(options.max_depth, self._drafting.depth),
                     topk=1 if self._grammars.drafts_chain(req_id) else options.topk,
                 )
         return requests
