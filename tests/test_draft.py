@@ -1,6 +1,7 @@
 """Growth of trees against the twin that scores every path, and the promises that trees make."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,6 +19,15 @@ from vllm_eagle.tree import DraftTree
 
 VOCAB = 4
 Path = tuple[int, ...]
+
+
+@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["native", "torch"])
+def operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With our C++ operators, which are built here wherever a compiler is, and without them."""
+    assert native.problem() is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "runs", lambda: request.param)
+        yield
 
 
 class TableHead:

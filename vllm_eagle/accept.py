@@ -12,6 +12,9 @@ Noise of a position is used at most once, because only one node of each depth is
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_eagle.tree import DraftTree
 
 
@@ -28,6 +31,13 @@ class Walk:
     def node(self) -> int:
         """The node whose successor is to be sampled."""
         return self.path[-1] if self.path else 0
+
+    @property
+    def accepted(self) -> npt.NDArray[np.bool_]:
+        """By node, root left out: [num_nodes - 1] bool."""
+        found = np.zeros(self.tree.num_nodes, dtype=np.bool_)
+        found[self.path] = True
+        return found[1:]
 
     def advance(self, token_id: int) -> None:
         """Emit the token that the target sampled after `node` and descend or end."""

@@ -146,6 +146,7 @@ class Budget:
     """Decides for one engine. `plan` says what to draft before a step is drafted, `keep` what of it to verify."""
 
     _FADE = 0.05  # how fast the profile follows the last trees
+    _LOOK_EVERY = 4  # steps between two looks at costs and profile, while the number of requests stays the same
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
     _PROBE_LEVELS = 2  # deeper than what is chosen
     _MARGIN = 1.05  # drafting must promise so much more than plain decoding; below it noise decides, and prompts in the passes
@@ -165,13 +166,14 @@ class Budget:
         self._runs = np.ones(depth_limit)  # [depth] how often there is such a pass where drafting may go so deep
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
         self._last = 0
+        self._steps, self._best, self._best_for = 0, Plan(0), 0
 
     def plan(self, num_requests: int) -> Plan:
         """What to draft for so many requests. Now and then more than pays, to learn."""
-        rates, numbers = self._outlook(num_requests)
-        best = int(rates.argmax())
-        if rates[best] < self._MARGIN * rates[0]:
-            best = 0
+        if num_requests != self._best_for or self._steps % self._LOOK_EVERY == 0:
+            self._best, self._best_for = self._best_plan(num_requests), num_requests
+        self._steps += 1
+        best = self._best.depth
         self._steps_since_probe += 1
         if best == self._depth_limit:
             self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
@@ -180,7 +182,12 @@ class Budget:
             self._probe_every = min(2 * self._probe_every, self._PROBE_AT_MOST) if best == self._last else self._PROBE_EVERY
             self._steps_since_probe, self._last = 0, best
             return Plan(min(best + self._PROBE_LEVELS, self._depth_limit))
-        if best == 0:
+        return self._best
+
+    def _best_plan(self, num_requests: int) -> Plan:
+        rates, numbers = self._outlook(num_requests)
+        best = int(rates.argmax())
+        if rates[best] < self._MARGIN * rates[0]:
             return Plan(0)
         tokens = num_requests * (1 + numbers[best])
         row_s = float(np.diff(self.target(np.array([tokens - num_requests, tokens])))[0]) / num_requests
@@ -220,7 +227,9 @@ class Budget:
         for i, (row, depth) in enumerate(zip(scores, depths, strict=True)):
             padded[i, : len(row)], levels[i, : len(row)] = row, depth
         probabilities = self.calibration(padded)
-        self._learn(probabilities, levels, drafted_depth)
+        is_news = drafted_depth > self._best.depth or self._seen[drafted_depth - 1] < 1 / self._FADE
+        if is_news or self._steps % self._LOOK_EVERY == 0:
+            self._learn(probabilities, levels, drafted_depth)
         # A stable sort keeps a parent ahead of a child that is as probable.
         order = np.argsort(-probabilities, axis=None, kind="stable")
         order = order[np.isfinite(padded).ravel()[order]]

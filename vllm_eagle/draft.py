@@ -71,11 +71,8 @@ def grow(
     logits = root_logits[:, None]
     for depth in range(1, config.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
-        pool.add(tokens, confidences, frontier.allowed(depth, confidences) & (pool.max_depths >= depth)[:, None, None])
-        if depth == config.depth_limit:
-            break
-        chosen = frontier.choose(depth)
-        if chosen is None:
+        chosen = frontier.grow(depth, confidences, tokens)
+        if chosen is None or depth == config.depth_limit:
             break
         logits = run_head(pool.expand(depth, chosen))
     return pool.trees()
@@ -143,6 +140,17 @@ class _Pool:
         self.parents = torch.cat([self.parents, parents.reshape(num_reqs, -1)], 1)
         self.num_children = children
 
+    def grow(
+        self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor, most: int, node_floor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add` and `_BestFrontier.hopeful` by one C++ operator."""
+        self.level_start, self.num_children = self.tokens.shape[1], tokens.shape[2]
+        self.scores, self.tokens, self.parents, places, hopeful = torch.ops.vllm_eagle.grow_level(
+            confidences, tokens, self._row_nodes, self._row_scores, self.scores, self.tokens, self.parents,
+            self.budgets, self.max_depths, self._topks, depth, most, node_floor,
+        )  # fmt: skip
+        return places, hopeful
+
     def expand(self, depth: int, places: torch.Tensor) -> Level:
         """Make the nodes at `places` [num_reqs, width] of the newest level the rows that run next."""
         nodes = self.level_start + places
@@ -165,21 +173,21 @@ class _Pool:
 
     def trees(self) -> list[DraftTree]:
         """Rerank: the best nodes of each request, parents first."""
+        tokens, scores, parents = (x.cpu().numpy() for x in (self.tokens, self.scores, self.parents))
         # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
-        scores, order = self.scores.sort(dim=1, descending=True, stable=True)
-        ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-        parent_places = self.parents.gather(1, order)
-        parent_nodes = torch.where(parent_places < 0, 0, ranks.gather(1, parent_places.clamp(min=0)) + 1)
-        counts = torch.minimum((scores > NEVER).sum(1), self.budgets).tolist()
-        columns = [x[:, : self.max_budget].cpu().numpy() for x in (self.tokens.gather(1, order), parent_nodes, scores)]
+        order = np.argsort(-scores, axis=1, kind="stable")
+        ranks = np.empty_like(order)
+        np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
+        counts = np.minimum((scores > NEVER).sum(1), self.budgets.cpu().numpy())
         trees = []
-        for i, (request, count) in enumerate(zip(self.requests, counts, strict=True)):
-            tokens, parents, path_scores = (column[i, :count] for column in columns)
+        for i, request in enumerate(self.requests):
+            best = order[i, : counts[i]]
+            above = parents[i, best]
             trees.append(
                 DraftTree(
-                    np.concatenate([[request.root_token_id], tokens]).astype(np.int64),
-                    np.concatenate([[0], parents]).astype(np.int64),
-                    np.concatenate([[0.0], path_scores]).astype(np.float32),
+                    np.concatenate([[request.root_token_id], tokens[i, best]]),
+                    np.concatenate([[0], np.where(above < 0, 0, ranks[i, above] + 1)]),
+                    np.concatenate([np.zeros(1, np.float32), scores[i, best]]),
                 )
             )
         return trees
@@ -192,19 +200,27 @@ class _BestFrontier:
         self._pool, self._width = pool, width
         self._node_floor, self._pays = node_floor, pays
 
-    def allowed(self, depth: int, confidences: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(confidences, dtype=torch.bool)
+    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Add children [num_reqs, width, children] of this depth to the pool; returns which of them to expand, if any."""
+        if tokens.device.type == "cpu" and native.runs():
+            places, hopeful = self._pool.grow(depth, confidences, tokens, self._width, self._node_floor)
+        else:
+            self._pool.add(tokens, confidences, (self._pool.max_depths >= depth)[:, None, None])
+            places, hopeful = self.hopeful(depth)
+        if not places.shape[1] or (self._pays is not None and not self._pays(hopeful.cpu().numpy())):
+            return None
+        return places
 
-    def choose(self, depth: int) -> torch.Tensor | None:
+    def hopeful(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places in the newest level of nodes that may be expanded, and their scores, minus infinity in places that go unused:
+        [num_reqs, width], best first.
+        """
         newest = self._pool.scores[:, self._pool.level_start :]
         newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
         scores, places = newest.topk(min(self._width, newest.shape[1]), dim=1)
-        bound = self._pool.nth_best().clamp(min=self._node_floor)[:, None]
-        hopeful = scores > bound
+        hopeful = scores > self._pool.nth_best().clamp(min=self._node_floor)[:, None]
         width = int(hopeful.sum(1).max().item())
-        if not width or (self._pays is not None and not self._pays(scores.where(hopeful, NEVER)[:, :width].cpu().numpy())):
-            return None
-        return places[:, :width]
+        return places[:, :width], scores.where(hopeful, NEVER)[:, :width]
 
 
 class _StaticFrontier:
@@ -213,16 +229,14 @@ class _StaticFrontier:
     def __init__(self, pool: _Pool, config: TreeConfig):
         self._pool, self._shape = pool, config.shape
 
-    def allowed(self, depth: int, confidences: torch.Tensor) -> torch.Tensor:
-        rows = self._shape.inner(depth - 1)
+    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+        """As _BestFrontier's."""
+        rows, inner = self._shape.inner(depth - 1), self._shape.inner(depth)
         mask = torch.zeros(confidences.shape[1:], dtype=torch.bool, device=confidences.device)
         for path in self._shape.level(depth):
             if path[-1] < mask.shape[1]:  # a vocabulary may be smaller than the shape's ranks
                 mask[rows.index(path[:-1]), path[-1]] = True
-        return mask.expand_as(confidences)
-
-    def choose(self, depth: int) -> torch.Tensor | None:
-        rows, inner = self._shape.inner(depth - 1), self._shape.inner(depth)
+        self._pool.add(tokens, confidences, mask.expand_as(confidences) & (self._pool.max_depths >= depth)[:, None, None])
         places = [rows.index(path[:-1]) * self._pool.num_children + path[-1] for path in inner]
         if not places:
             return None

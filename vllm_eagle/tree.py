@@ -61,7 +61,7 @@ class DraftTree:
     @property
     def draft_token_ids(self) -> list[int]:
         """Tokens of nodes 1..n, as vLLM's scheduler wants them."""
-        return list(map(int, self.token_ids[1:]))
+        return self.token_ids[1:].tolist()  # type: ignore[no-any-return]
 
     @property
     def depths(self) -> IntArray:
@@ -109,6 +109,14 @@ class DraftTree:
 
         visit(0, "", "", True)
         return "\n".join(lines)
+
+
+def depths_of(trees: Sequence[DraftTree]) -> list[IntArray]:
+    """Depths of the nodes of each tree, root included; cheaper than one by one."""
+    parents = np.zeros((len(trees), max(tree.num_nodes for tree in trees)), dtype=np.int64)
+    for row, tree in zip(parents, trees, strict=True):
+        row[: tree.num_nodes] = tree.parents
+    return [depths[: tree.num_nodes] for depths, tree in zip(node_depths(parents), trees, strict=True)]
 
 
 def node_depths(parents: IntArray) -> IntArray:

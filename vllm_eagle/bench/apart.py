@@ -6,6 +6,7 @@ VLLM_ENABLE_V1_MULTIPROCESSING=0 both run in the caller; a process per engine ke
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -27,12 +28,24 @@ def engine_apart(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer
     Raises:
         Exception: whatever the engine raises, at its start or when asked.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as process:
         number = process.submit(_start, model, arguments).result()
         try:
             yield partial(_ask, process), number
         finally:
             process.submit(_stack.close).result()
+
+
+def _end_with_parent() -> None:
+    """Should the caller be killed, its engines end, too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _ask(process: ProcessPoolExecutor, asks: Sequence[Ask], at_once: int) -> Generated:

@@ -38,7 +38,7 @@ from vllm_eagle.engine.proposer import DraftPlan, EagleTreeProposer
 from vllm_eagle.engine.scorer import PADDING, EagleTreeScorer
 from vllm_eagle.metrics import TreeMetrics, TreeTrace
 from vllm_eagle.per_request import RequestOptions
-from vllm_eagle.tree import DraftTree
+from vllm_eagle.tree import DraftTree, depths_of
 from vllm_eagle.verify import TreeBatch, lay_out
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
@@ -129,7 +129,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
     def _keep_trees(self, trees: dict[int, DraftTree]) -> dict[int, DraftTree]:
         self.tree_metrics.add("num_drafted", sum(tree.num_nodes - 1 for tree in trees.values()))
         if self.budget is not None:
-            scores, depths = ([x[1:] for x in each] for each in zip(*((t.scores, t.depths) for t in trees.values()), strict=True))
+            scores, depths = [tree.scores[1:] for tree in trees.values()], [x[1:] for x in depths_of(list(trees.values()))]
             numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
             trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
         for row, tree in trees.items():
@@ -267,7 +267,7 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             self.tree_trace.record(self.input_batch.req_ids[row], walk)
             if walk.tree.token_ids[1] != PADDING:  # such nodes are vLLM's, not the head's
                 scores.append(walk.tree.scores[1:])
-                accepted.append(np.isin(np.arange(1, nodes), walk.path))
+                accepted.append(walk.accepted)
         if self.budget is not None and scores:
             self.budget.calibration.update(np.concatenate(scores), np.concatenate(accepted))
         self.tree_trace.end_step()
