@@ -6,6 +6,7 @@ from vllm import _custom_ops as ops
 
 from vllm_eagle import native
 from vllm_eagle.attention import cpu_cache, cpu_kernel, reference
+from vllm_eagle.attention.rows import TreeRows
 from vllm_eagle.tree import node_depths
 
 BLOCK = 32
@@ -80,7 +81,7 @@ def test_tree_attention_equals_the_reference(
     layout = cpu_cache.probe_layout(isa, dtype, BLOCK, head_dim)
     output = torch.full((num_rows, num_heads, head_dim), 7.0, dtype=dtype)
     context_lens = torch.tensor([c for _, c in sizes])
-    rows = cpu_kernel.TreeRows(tables, context_lens, first_rows, nodes, first_rows, nodes, ancestors)
+    rows = TreeRows(tables, context_lens, first_rows, nodes, first_rows, nodes, ancestors)
     cpu_kernel.tree_attention(query, key, value, kv_cache, layout, rows, head_dim**-0.5, output)
 
     untouched = torch.ones(num_rows, dtype=torch.bool)
@@ -106,7 +107,7 @@ def test_rows_and_keys_of_their_own() -> None:
     visible[..., 0] = True
     layout = cpu_cache.probe_layout("vec", torch.float32, BLOCK, 32)
     pairs, fives = torch.tensor([0, 2]), torch.tensor([0, 5])
-    rows = cpu_kernel.TreeRows(
+    rows = TreeRows(
         torch.zeros(2, 1, dtype=torch.int32),
         torch.zeros(2, dtype=torch.long),
         pairs,
@@ -134,7 +135,7 @@ def test_a_wrong_mask_changes_the_result() -> None:
     outputs = []
     for parents in ([0, 0, 0], [0, 0, 1]):
         table = torch.zeros(1, 1, dtype=torch.int32)
-        rows = cpu_kernel.TreeRows(table, zero, zero, three, zero, three, ancestors_of(parents, 3)[None])
+        rows = TreeRows(table, zero, zero, three, zero, three, ancestors_of(parents, 3)[None])
         output = torch.zeros(3, 2, 32)
         cpu_kernel.tree_attention(query, key, value, torch.zeros(1, 2, BLOCK, 64), layout, rows, 1.0, output)
         outputs.append(output)

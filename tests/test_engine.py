@@ -21,7 +21,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from tests.engines import engine, generate, tokens, tree_stats, trees
 from tests.test_exactness import PROMPTS_FILE
-from vllm_eagle.engine.runner import EagleTreeCPUModelRunner
+from vllm_eagle.engine.cpu_runner import EagleTreeCPUModelRunner
 from vllm_eagle.engine.scorer import EagleTreeScorer
 from vllm_eagle.pair import HEAD, TARGET
 from vllm_eagle.tree import DraftTree

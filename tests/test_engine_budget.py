@@ -12,8 +12,8 @@ from tests.engines import engine, generate, tokens, tree_stats, trees
 from vllm_eagle.bench.offline import encode_prompts
 from vllm_eagle.budget import Budget, Plan
 from vllm_eagle.engine import proposer
+from vllm_eagle.engine.cpu_runner import EagleTreeCPUModelRunner
 from vllm_eagle.engine.proposer import DraftPlan
-from vllm_eagle.engine.runner import EagleTreeCPUModelRunner
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 
 PROMPTS = encode_prompts(str(TARGET), None, 12)

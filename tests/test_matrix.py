@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engines import ENGINE, trees
 from vllm_eagle import matrix
@@ -33,14 +35,20 @@ BREAKS: dict[str, dict[str, object]] = {
         "speculative_config.method": "eagle3",
         "speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids": [1, 1, 9],
     },
-    "CUDA and other devices": {"device_config.device_type": "cuda"},
+    "devices other than CPU and CUDA": {"device_config.device_type": "xpu"},
+    "vLLM's V2 model runner": {"use_v2_model_runner": True},
+    "CUDA graphs of whole steps": {"compilation_config.cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
+    "CUDA attention backends other than FLASH_ATTN, TRITON_ATTN, CUSTOM": {
+        "device_config.device_type": "cuda",
+        "attention_config.backend": AttentionBackendEnum.FLASHINFER,
+    },
     "pipeline parallelism": {"parallel_config.pipeline_parallel_size": 2},
     "data parallelism": {"parallel_config.data_parallel_size": 2},
     "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},
     "dual batch overlap": {"parallel_config.use_ubatching": True},
     "KV connectors, disaggregated prefill": {"kv_transfer_config": object()},
     "async scheduling": {"scheduler_config.async_scheduling": True},
-    "quantized KV cache (fp8, int8, ...)": {"cache_config.cache_dtype": "fp8"},
+    "quantized KV cache (fp8, int8, ...) on CPUs": {"cache_config.cache_dtype": "fp8"},
     "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},
 }
 

@@ -29,7 +29,7 @@ def main() -> int:
         )
         return 2
     if args.device == "auto" and shutil.which("nvidia-smi"):
-        print("An NVIDIA GPU is here, but draft trees run on CPU only so far: setting up vLLM's CPU build. "
+        print("An NVIDIA GPU is here, but no GPU has run draft trees yet: setting up vLLM's CPU build. "
               "For vLLM's CUDA build: --device cuda")  # fmt: skip
     python = args.venv / "bin" / "python"
     if not python.exists():

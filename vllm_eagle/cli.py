@@ -93,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     bench.set_defaults(run=_bench)
 
-    from vllm_eagle.bench import simulate
+    from vllm_eagle.bench import gpu_check, simulate
 
+    gpu_check.add_arguments(commands.add_parser("gpu-check", help="the GPU kernels against their references, and their times"))
     simulate.add_arguments(commands.add_parser("simulate", help="what the budget would do and win on other hardware"))
     return parser
 

@@ -2,7 +2,7 @@
 
 Three marked wraps, which change nothing unless draft trees are asked for:
 - `EngineArgs.add_cli_args` gets our flags (flags.py), which all end up in `additional_config["vllm_eagle"]`;
-- `EngineArgs.create_engine_config` completes the speculative configuration and names our worker;
+- `EngineArgs.create_engine_config` completes the speculative configuration and names our worker for the device (engine/devices.py);
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
 
@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_eagle.config import CONFIG_KEY
+from vllm_eagle.engine import devices
 from vllm_eagle.flags import HEAD_OPTIONS, add_flags, flag
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE
 from vllm_eagle.per_request import RequestOptions
-from vllm_eagle.serve import CPU_WORKER, SCHEDULER, speculative_settings
+from vllm_eagle.serve import SCHEDULER, speculative_settings
 
 _MARK = "_vllm_eagle_wraps"
 
@@ -91,14 +92,14 @@ def _ask_for_trees(args: Any) -> None:
                 )
             settings[key] = given[name]
     args.additional_config = args.additional_config | {CONFIG_KEY: options}
-    if args.worker_cls not in ("auto", CPU_WORKER):
+    if args.worker_cls not in ("auto", devices.worker_cls()):
         raise ValueError(f"worker_cls={args.worker_cls} contradicts draft trees, which need their own worker; remove it")
     if args.async_scheduling:
         raise ValueError("async_scheduling=true contradicts draft trees; remove it")
     args.speculative_config = speculative_settings(settings, options)
     if args.scheduler_cls not in (None, SCHEDULER):
         raise ValueError(f"scheduler_cls={args.scheduler_cls} contradicts draft trees, which need their own scheduler; remove it")
-    args.worker_cls = CPU_WORKER
+    devices.fill_in(args)
     args.scheduler_cls = SCHEDULER
     args.async_scheduling = False
 

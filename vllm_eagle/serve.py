@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 
-CPU_WORKER = "vllm_eagle.engine.worker.EagleTreeCPUWorker"
+CPU_WORKER = "vllm_eagle.engine.cpu_worker.EagleTreeCPUWorker"
+CUDA_WORKER = "vllm_eagle.engine.gpu_worker.EagleTreeGPUWorker"
 SCHEDULER = "vllm_eagle.engine.scheduler.EagleTreeScheduler"
 DEFAULT_DRAFT_TOKENS = 16
 
@@ -99,12 +100,18 @@ def engine_args(
 ) -> dict[str, Any]:
     """Arguments for vLLM's `LLM(...)` or `AsyncEngineArgs(...)` that switch draft trees on.
 
-    `options` are the fields of TreeConfig. Works without the plugin being loaded, except for min-p and logit bias.
+    `options` are the fields of TreeConfig. Works on CPU without the plugin being loaded, except for min-p and logit bias; on CUDA
+    the plugin fills in more (engine/devices.py).
+
+    Raises:
+        ValueError: an option is impossible, the head cannot be loaded, or the platform is neither CPU nor CUDA.
     """
+    from vllm_eagle.engine.devices import worker_cls
+
     settings = speculative_settings({"model": str(head), "num_speculative_tokens": num_draft_tokens}, options)
     return {
         "speculative_config": settings,
-        "worker_cls": CPU_WORKER,
+        "worker_cls": worker_cls(),
         "scheduler_cls": SCHEDULER,
         "async_scheduling": False,
         "additional_config": {CONFIG_KEY: options},

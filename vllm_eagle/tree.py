@@ -61,7 +61,7 @@ class DraftTree:
     @property
     def draft_token_ids(self) -> list[int]:
         """Tokens of nodes 1..n, as vLLM's scheduler wants them."""
-        return self.token_ids[1:].tolist()  # type: ignore[no-any-return]
+        return self.token_ids[1:].tolist()
 
     @property
     def depths(self) -> IntArray:

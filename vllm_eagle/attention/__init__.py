@@ -1,5 +1,6 @@
 """Attention over a paged context plus a tree: rows see their request's whole context and their ancestors in the tree.
 
+- interface.py: what the engine asks of a device's attention.
 - reference.py: plain torch, one request at a time; the oracle of the tests.
 - cpu_cache.py: where vLLM's CPU kernels put a token's keys and values inside a block.
 - cpu_kernel.py: the CPU kernel, on tensors.

@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_eagle.attention import cpu_cache, cpu_kernel
-from vllm_eagle.draft import Level
+from vllm_eagle.attention.levels import DraftLevels
+from vllm_eagle.attention.rows import TreeRows
 from vllm_eagle.verify import TreeBatch
 
 
@@ -26,44 +27,9 @@ from vllm_eagle.verify import TreeBatch
 class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata and, in a pass that verifies trees, how its rows divide."""
 
-    trees: cpu_kernel.TreeRows | None = None  # of the requests that have one; None: no tree in this pass
+    trees: TreeRows | None = None  # of the requests that have one; None: no tree in this pass
     plain: CPUAttentionMetadata | None = None  # the requests without a tree, as a batch of their own; None: there are none
     plain_rows: torch.Tensor | None = None  # [num_plain_tokens] int64
-
-
-class DraftLevels:
-    """Metadata of the head's passes over tree levels: one context per request, keys and values of the nodes so far.
-
-    The nodes' keys and values are scratch: the next step's first pass computes those of accepted tokens anew from the target's
-    true features.
-    """
-
-    def __init__(self, block_table: torch.Tensor, context_lens: torch.Tensor):
-        self._block_table, self._context_lens = block_table, context_lens
-        self._nodes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: [num_reqs, nodes so far, kv_heads, head_dim]
-        self.rows: cpu_kernel.TreeRows | None = None
-
-    def start(self, level: Level) -> None:
-        """Announce the rows of the next pass."""
-        num_reqs, width, num_nodes = level.ancestors.shape
-        index = torch.arange(num_reqs)
-        self.rows = cpu_kernel.TreeRows(
-            self._block_table,
-            self._context_lens,
-            first_rows=index * width,
-            num_rows=torch.full_like(index, width),
-            first_keys=index * num_nodes,
-            num_keys=torch.full_like(index, num_nodes),
-            visible=level.ancestors,
-        )
-
-    def add(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values [num_reqs * width, kv_heads, head_dim]; returns those of all levels, request by request."""
-        new = [x.unflatten(0, (len(self._context_lens), -1)) for x in (key, value)]
-        if layer_name in self._nodes:
-            new = [torch.cat(pair, dim=1) for pair in zip(self._nodes[layer_name], new, strict=True)]
-        self._nodes[layer_name] = new[0], new[1]
-        return new[0].flatten(0, 1), new[1].flatten(0, 1)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -94,7 +60,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         """Divide the rows of `metadata` into those of `batch`'s trees and the rest."""
         with_tree = torch.from_numpy(batch.req_indices)
         first_rows, num_rows = torch.from_numpy(batch.first_rows), torch.from_numpy(batch.num_nodes)
-        metadata.trees = cpu_kernel.TreeRows(
+        metadata.trees = TreeRows(
             metadata.block_table[with_tree],
             torch.from_numpy(batch.context_lens),
             first_rows,
@@ -184,9 +150,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         levels: DraftLevels,
         output: torch.Tensor,
     ) -> torch.Tensor:
-        assert levels.rows is not None
-        num_new = levels.rows.visible.shape[0] * levels.rows.visible.shape[1]
-        keys, values = levels.add(layer.layer_name, key[:num_new], value[:num_new])
+        keys, values = levels.add(layer.layer_name, key, value)
         cpu_kernel.tree_attention(query, keys, values, kv_cache, self._layout(layer, kv_cache), levels.rows, self.scale, output)
         return output
 

@@ -7,26 +7,12 @@ vLLM's wheel has a kernel with a tree mask, too (`extend_attention_cpu`). It rea
 out first, and it knows no float32; `python -m vllm_eagle.bench.attention` compares (one core with AVX-512, bfloat16, 17 rows).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from vllm_eagle import native
 from vllm_eagle.attention.cpu_cache import PackedLayout, read_blocks
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TreeRows:
-    """Which rows of a pass belong to which tree, and what they see: the tree's context, and keys beside the cache."""
-
-    block_table: torch.Tensor  # [num_trees, max_blocks] int32
-    context_lens: torch.Tensor  # [num_trees] int64, tokens in the cache
-    first_rows: torch.Tensor  # [num_trees] int64, rows of the query: consecutive
-    num_rows: torch.Tensor  # [num_trees] int64
-    first_keys: torch.Tensor  # [num_trees] int64, the tree's own keys and values: consecutive
-    num_keys: torch.Tensor  # [num_trees] int64
-    visible: torch.Tensor  # [num_trees, max_rows, max_keys] bool, by row and key of the tree
+from vllm_eagle.attention.rows import TreeRows
 
 
 def tree_attention(

@@ -36,6 +36,7 @@ def measure(shape: tuple[int, int, int], context_len: int, dtype: torch.dtype) -
 
     from vllm_eagle import native
     from vllm_eagle.attention import cpu_cache, cpu_kernel
+    from vllm_eagle.attention.rows import TreeRows
 
     if native.problem() is not None:
         raise ValueError(f"the C++ operators do not run here: {native.problem()}")
@@ -49,7 +50,7 @@ def measure(shape: tuple[int, int, int], context_len: int, dtype: torch.dtype) -
     table = torch.randperm(num_blocks, dtype=torch.int32)[None]
     mask = torch.ones(1, NUM_ROWS, NUM_ROWS, dtype=torch.bool).tril()
     zero, count = torch.tensor([0]), torch.tensor([NUM_ROWS])
-    rows = cpu_kernel.TreeRows(table, torch.tensor([context_len]), zero, count, zero, count, mask)
+    rows = TreeRows(table, torch.tensor([context_len]), zero, count, zero, count, mask)
     layout = cpu_cache.probe_layout("vec", dtype, BLOCK, head_dim)
 
     def masked_kernel() -> None:

@@ -15,7 +15,7 @@ class Filters:
     def __init__(self, metadata: SamplingMetadata, chosen: torch.Tensor):
         self._top_k = None if metadata.top_k is None else metadata.top_k[chosen].long()
         self._top_p = None if metadata.top_p is None else metadata.top_p[chosen]
-        self._temperature = torch.ones(len(chosen))
+        self._temperature = torch.ones(len(chosen), device=chosen.device)
         if metadata.temperature is not None:
             temperature = metadata.temperature[chosen]
             self._temperature = torch.where(temperature > 0, temperature, 1.0)
@@ -35,7 +35,7 @@ class Filters:
             listed = top_k <= best.shape[-1]
             lowest = torch.where(listed, best.gather(-1, top_k.clamp(max=best.shape[-1]).expand_as(total) - 1), lowest)
             # Top-p counts probabilities among what top-k leaves.
-            beyond = torch.arange(best.shape[-1]) >= top_k
+            beyond = torch.arange(best.shape[-1], device=best.device) >= top_k
             total = torch.where(listed, best.masked_fill(beyond, EVERYTHING).logsumexp(-1, keepdim=True), total)
         if self._top_p is not None:
             probabilities = (best - total).exp()

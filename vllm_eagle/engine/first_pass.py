@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_eagle.engine.backlog import Backlog, Piece, batches, join
@@ -39,7 +40,8 @@ def divide(whole: FirstPass, req_ids: Sequence[str], now: Sequence[int], backlog
     for row, piece in whole.pieces(others, copy=True).items():
         backlog.add(req_ids[row], piece)
     pieces = whole.pieces(now, copy=False)
-    return _gathered(pieces, whole.next_token_ids[torch.tensor(now, dtype=torch.long)], whole.metadata, block_size)
+    rows = async_tensor_h2d(list(now), device=whole.next_token_ids.device, dtype=torch.long)
+    return _gathered(pieces, whole.next_token_ids[rows], whole.metadata, block_size)
 
 
 def catching_up(
@@ -62,20 +64,22 @@ def catching_up(
 def _gathered(
     pieces: dict[int, Piece], next_token_ids: torch.Tensor, common: CommonAttentionMetadata, block_size: int
 ) -> FirstPass:
-    """A pass over these pieces, by row in the batch that `common` describes."""
+    """A pass over these pieces, by row in the batch that `common` describes. Indices are worked out on the host and sent over."""
+    device = common.block_table_tensor.device
     rows = torch.tensor(list(pieces), dtype=torch.long)
     counts = torch.tensor([len(piece) for piece in pieces.values()], dtype=torch.long)
     starts = torch.tensor([piece.start for piece in pieces.values()], dtype=torch.long)
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    positions = torch.arange(int(ends[-1])) + (starts - ends[:-1]).repeat_interleave(counts)
-    table = common.block_table_tensor[rows]
-    blocks = table[torch.arange(len(rows)).repeat_interleave(counts), positions // block_size]
+    row_of_token = async_tensor_h2d(torch.arange(len(rows)).repeat_interleave(counts), device=device)
+    positions = async_tensor_h2d(torch.arange(int(ends[-1])) + (starts - ends[:-1]).repeat_interleave(counts), device=device)
+    table = common.block_table_tensor[async_tensor_h2d(rows, device=device)]
+    blocks = table[row_of_token, positions // block_size]
     query_start_loc = ends.to(torch.int32)
     seq_lens = (starts + counts).to(common.seq_lens.dtype)
     metadata = CommonAttentionMetadata(
-        query_start_loc=query_start_loc,
+        query_start_loc=async_tensor_h2d(query_start_loc, device=device),
         query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens,
+        seq_lens=async_tensor_h2d(seq_lens, device=device),
         num_reqs=len(rows),
         num_actual_tokens=len(positions),
         max_query_len=int(counts.max()) if len(rows) else 0,

@@ -22,6 +22,7 @@ import xgrammar
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
@@ -201,5 +202,5 @@ def apply_masks(logits: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.
     for row, mask in masks.items():
         bitmask[row] = torch.from_numpy(mask)
     masked = logits.float().contiguous()
-    xgrammar.apply_token_bitmask_inplace(masked, bitmask.to(logits.device), indices=rows)
+    xgrammar.apply_token_bitmask_inplace(masked, async_tensor_h2d(bitmask, device=logits.device), indices=rows)
     return masked.to(logits.dtype)

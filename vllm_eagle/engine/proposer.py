@@ -13,11 +13,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from vllm_eagle.attention.cpu import DraftLevels
+from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level, NoiseAt, Pays, Request, grow
 from vllm_eagle.engine.backlog import Backlog
@@ -25,6 +26,7 @@ from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.first_pass import FirstPass, catching_up, divide
 from vllm_eagle.engine.grammar import DraftConstraints
 from vllm_eagle.noise import gumbel, peek_seeds
+from vllm_eagle.noise_rows import NoiseRows
 from vllm_eagle.tree import DraftTree
 
 BACKLOG_BYTES = 256 << 20
@@ -49,6 +51,8 @@ class EagleTreeProposer(EagleProposer):
         vllm_config: VllmConfig,
         device: torch.device,
         config: TreeConfig,
+        # block table, context lengths, bound on them -> metadata of level passes
+        levels: Callable[[torch.Tensor, torch.Tensor, int], DraftLevels],
         plan: Callable[[int], "DraftPlan"],  # most draft tokens of a request -> what to draft in this step
         constraints: Callable[[list[int]], DraftConstraints],  # of the requests at these rows in the batch
         keep: Callable[[dict[int, DraftTree]], dict[int, DraftTree]],  # trees by row -> what of them to verify
@@ -56,6 +60,7 @@ class EagleTreeProposer(EagleProposer):
     ):
         super().__init__(vllm_config, device)
         self._config = config
+        self._levels = levels
         self._plan = plan
         self._constraints = constraints
         self._keep = keep
@@ -99,7 +104,7 @@ class EagleTreeProposer(EagleProposer):
             root = end - 1 - num_drafts
             rows += [*range(start, root + 1), *(root + node for node in path)]
         assert len(rows) == metadata.num_actual_tokens
-        return metadata, torch.tensor(rows, device=self.device)
+        return metadata, async_tensor_h2d(rows, device=self.device)
 
     @torch.inference_mode()
     def propose(
@@ -129,9 +134,11 @@ class EagleTreeProposer(EagleProposer):
         last_hidden, hidden, last_rows = self._first_pass(newest)
         self.num_drafting = len(step.requests)
         if step.requests:
-            rows = last_rows[torch.tensor([step.rows_now.index(row) for row in step.requests], device=self.device)]
-            chosen = torch.tensor(list(step.requests), device=self.device)
-            level_pass = _LevelPass(self, common_attn_metadata, chosen, hidden[rows], self.positions[rows])
+            rows = last_rows[async_tensor_h2d([step.rows_now.index(row) for row in step.requests], device=self.device)]
+            chosen = async_tensor_h2d(list(step.requests), device=self.device)
+            common = common_attn_metadata
+            levels = self._levels(common.block_table_tensor[chosen], common.seq_lens[chosen].long(), common.max_seq_len)
+            level_pass = _LevelPass(self, levels, hidden[rows], self.positions[rows])
             filters = Filters(sampling_metadata, chosen)
             constraints = self._constraints(list(step.requests))
             trees = grow(
@@ -187,22 +194,30 @@ class EagleTreeProposer(EagleProposer):
 
     def _noise(self, requests: dict[int, Request], metadata: SamplingMetadata) -> NoiseAt | None:
         """Noise of the coming positions of each request, zero where decoding is greedy; None: it is everywhere."""
-        depth = self._config.depth_limit
-        seeds = torch.zeros(len(requests), depth, dtype=torch.long)
-        sampled = torch.tensor([request.temperature > 0 for request in requests.values()])
-        for i, (row, request) in enumerate(requests.items()):
-            if request.temperature > 0:
-                seeds[i] = peek_seeds(metadata.generators[row], depth)
-        if not sampled.any():
+        sampled = [i for i, request in enumerate(requests.values()) if request.temperature > 0]
+        if not sampled:
             return None
+        generators = [metadata.generators[row] for row, request in requests.items() if request.temperature > 0]
         vocab_size = self.vllm_config.model_config.get_vocab_size()
+        coming = self._coming_noise(generators, vocab_size)
+        places = async_tensor_h2d(sampled, device=self.device)
 
         def noise_at(depth: int) -> torch.Tensor:
-            noise = torch.zeros(len(requests), vocab_size)
-            noise[sampled] = gumbel(seeds[sampled, depth - 1], vocab_size)
+            noise = torch.zeros(len(requests), vocab_size, device=self.device)
+            noise[places] = coming(depth)
             return noise
 
         return noise_at
+
+    def _coming_noise(self, generators: Sequence[torch.Generator], vocab_size: int) -> NoiseAt:
+        """Noise [len(generators), vocab_size] that vLLM's sampler will draw: seeds of a hash on CPU, else rows of noise.
+
+        With `use_fp64_gumbel` its rows are in float64, and on CPU, too, it draws rows.
+        """
+        if self.device.type != "cpu" or self.use_fp64_gumbel:
+            return NoiseRows(generators, vocab_size, torch.float64 if self.use_fp64_gumbel else torch.float32).at
+        seeds = torch.stack([peek_seeds(generator, self._config.depth_limit) for generator in generators])
+        return lambda depth: gumbel(seeds[:, depth - 1], vocab_size)
 
     @torch.inference_mode()
     def dummy_run(
@@ -228,8 +243,7 @@ class _LevelPass:
     def __init__(
         self,
         proposer: EagleTreeProposer,
-        metadata: CommonAttentionMetadata,
-        chosen: torch.Tensor,  # [num_drafting] int64, rows in the batch
+        levels: DraftLevels,
         root_hidden: torch.Tensor,  # [num_drafting, hidden], what the head made of the root
         root_positions: torch.Tensor,  # [num_drafting]
     ):
@@ -237,7 +251,7 @@ class _LevelPass:
         self._proposer = proposer
         self._positions = root_positions
         self._hidden = root_hidden[:, None]  # [num_drafting, width, hidden] of the previous level
-        self._levels = DraftLevels(metadata.block_table_tensor[chosen], metadata.seq_lens[chosen].long())
+        self._levels = levels
 
     def __call__(self, level: Level) -> torch.Tensor:
         if self.started_s is None:

@@ -1,53 +1,50 @@
-"""The model runner with draft trees. One step:
+"""The model runner with draft trees, for all devices (cpu_runner.py, gpu_runner.py). One step:
 
     _prepare_inputs            lay out the trees that the scheduler scheduled; positions by depth
     _build_attention_metadata  hand the trees to attention
     _sample                    score all nodes, walk (scorer.py)
     _update_states_after_...   compact the accepted paths' keys and values
-    drafter.propose            grow the next trees (proposer.py)
+    drafter.propose            grow the next trees (planning.py: for whom; proposer.py: how)
 
 Everything else is vLLM's. Trees live here, by request id; vLLM's scheduler sees ordinary draft tokens.
 """
 
 import copy
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_eagle import compact, native
 from vllm_eagle.accept import Walk
-from vllm_eagle.budget import Budget, Plan
+from vllm_eagle.attention.interface import TreeAttention
+from vllm_eagle.attention.levels import DraftLevels
+from vllm_eagle.budget import Plan
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
-from vllm_eagle.draft import Request
-from vllm_eagle.engine import costs
 from vllm_eagle.engine.costs import StepClock
 from vllm_eagle.engine.grammar import TreeGrammars
-from vllm_eagle.engine.proposer import DraftPlan, EagleTreeProposer
+from vllm_eagle.engine.planning import DraftPlanning
+from vllm_eagle.engine.proposer import EagleTreeProposer
 from vllm_eagle.engine.scorer import PADDING, EagleTreeScorer
 from vllm_eagle.metrics import TreeMetrics, TreeTrace
 from vllm_eagle.per_request import RequestOptions
-from vllm_eagle.tree import DraftTree, depths_of
+from vllm_eagle.tree import DraftTree
 from vllm_eagle.verify import TreeBatch, lay_out
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
-_GREEDY_BELOW = 1e-5  # temperatures that vLLM treats as greedy
 
-
-class EagleTreeCPUModelRunner(CPUModelRunner):
-    """vLLM's CPU model runner, verifying trees."""
+class EagleTreeRunner(DraftPlanning):
+    """vLLM's V1 model runner, verifying trees. A mixin: to be put before the runner of a device, which all derive from vLLM's."""
 
     def init_trees(self, metrics: TreeMetrics) -> None:
         """Replace drafter, scorer and logits processors; the rest of the runner is as vLLM built it."""
@@ -57,22 +54,23 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         )
         self.tree_metrics = metrics
         self.tree_trace = TreeTrace()
-        self._stored: dict[str, DraftTree] = {}  # drafted in the last step, by request id
+        self._stored = {}
         self._scheduled: list[DraftTree] = []  # of this step, by row in the batch
         self._tree_batch: TreeBatch | None = None  # those of them that branch
         self._walks: list[Walk] = []
         self._grammar_output: GrammarOutput | None = None  # of this step: what the scheduler's grammars allow
         self._grammars = TreeGrammars(self.vllm_config)
-        self._options: dict[str, RequestOptions] = {}  # by request id
-        self._prompt_rows: list[int] = []  # rows of this step that hold more than the last token and its tree
-        self.budget: Budget | None = None  # from `measure_costs` on; None: as many nodes as allowed
+        self._options = {}
+        self._prompt_rows = []
+        self.budget = None
         self._clock = StepClock(metrics)
-        self._drafting = Plan(0)  # of this step
+        self._drafting = Plan(0)
         self.scorer = EagleTreeScorer(self.sampler)
         self.drafter = EagleTreeProposer(
             self.vllm_config,
             self.device,
             self.tree_config,
+            levels=DraftLevels,
             plan=self._plan,
             constraints=lambda rows: self._grammars.constraints([self.input_batch.req_ids[row] for row in rows]),
             keep=self._keep_trees,
@@ -86,61 +84,23 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
         self.input_batch.logitsprocs_need_output_token_ids = bool(custom)
         logger.info("Draft trees: %s", self.tree_config)
 
-    def load_model(self, load_dummy_weights: bool = False) -> None:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then ask every attention layer, the head's included, whether it can run trees.
 
         Raises:
             ValueError: a layer cannot; the message says why.
         """
-        super().load_model(load_dummy_weights)
-        native.runs()  # built now if need be, not while the first request waits
+        super().load_model(*args, **kwargs)
         for name, layer in self.compilation_config.static_forward_context.items():
             if isinstance(layer, Attention):
+                if not isinstance(layer.impl, TreeAttention):
+                    raise ValueError(
+                        f"vllm_eagle cannot run draft trees with layer {name}: {layer.get_attn_backend().get_name()} is vLLM's own "
+                        "attention, without trees. Something chose it after the configuration was checked."
+                    )
                 reasons = layer.impl.not_supported_reasons(self.max_model_len)
                 if reasons:
                     raise ValueError(f"vllm_eagle cannot run draft trees with layer {name}: {'; '.join(reasons)}")
-
-    def measure_costs(self) -> None:
-        """Find out what passes cost here, for the budget; takes seconds."""
-        if not self.tree_config.budget:
-            return
-
-        def target_pass(num_tokens: int) -> None:
-            hidden, _ = self._dummy_run(num_tokens)
-            if self.lora_config is None:  # with adapters, logits want a real batch
-                self.model.compute_logits(hidden[:num_tokens])
-
-        def head_pass(num_tokens: int) -> None:
-            self.drafter.dummy_run(num_tokens)
-            self.drafter.model.compute_logits(self.drafter.hidden_states[:num_tokens])
-
-        most = min(self.max_num_tokens, self.max_num_reqs * (1 + self.tree_config.num_draft_tokens))
-        self.drafter.measuring_target = True
-        try:
-            target = costs.measure(target_pass, most)
-        finally:
-            self.drafter.measuring_target = False
-        head = costs.measure(head_pass, most)
-        target, head = (costs.agreed(curve) for curve in (target, head))
-        self.budget = Budget(target, head, self.tree_config.num_draft_tokens, self.tree_config.depth_limit)
-        for name, curve in (("target", target), ("head", head)):
-            logger.info("Draft trees: milliseconds of a pass of the %s by tokens in it: %s", name, curve)
-
-    def _keep_trees(self, trees: dict[int, DraftTree]) -> dict[int, DraftTree]:
-        self.tree_metrics.add("num_drafted", sum(tree.num_nodes - 1 for tree in trees.values()))
-        if self.budget is not None:
-            scores, depths = [tree.scores[1:] for tree in trees.values()], [x[1:] for x in depths_of(list(trees.values()))]
-            numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
-            trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
-        for row, tree in trees.items():
-            self._stored[self.input_batch.req_ids[row]] = tree
-            self.tree_metrics.count_decision("tree" if tree.num_nodes > 1 else "budget")
-        return trees
-
-    @property
-    def _num_decoding(self) -> int:
-        """Requests that will be in the next pass with their last token."""
-        return self.input_batch.num_reqs - int(self.discard_request_mask.np[: self.input_batch.num_reqs].sum())
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
@@ -181,8 +141,8 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             first_rows = [ends[row] - tree.num_nodes for row, tree in zip(with_tree, trees, strict=True)]
             self._tree_batch = lay_out(trees, with_tree, first_rows, context_lens)
             # vLLM derived slots from consecutive positions, which is where we want the nodes; positions go by depth.
-            rows = torch.from_numpy(self._tree_batch.rows)
-            self.positions[rows] = torch.from_numpy(self._tree_batch.positions).to(self.positions.dtype)
+            rows = async_tensor_h2d(self._tree_batch.rows, device=self.device)
+            self.positions[rows] = async_tensor_h2d(self._tree_batch.positions, device=self.device, dtype=self.positions.dtype)
         self._own_noise_streams()
         return prepared
 
@@ -281,24 +241,28 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
 
     def _compact(self, batch: TreeBatch) -> None:
         paths = [self._walks[row].path for row in batch.req_indices]
-        index, sources, targets = compact.moves(paths, batch.context_lens.tolist())
-        if len(index) == 0:
-            return
-        rows = batch.req_indices[index]
+        num_moved = sum(node != depth for path in paths for depth, node in enumerate(path, start=1))
+        if num_moved:
+            self._move_accepted(batch, paths)
+        self.tree_metrics.add("num_moved", num_moved)
+
+    def _move_accepted(self, batch: TreeBatch, paths: list[list[int]]) -> None:
+        """Move keys and values of each path's nodes to the slots of their positions, as vllm_eagle/compact.py says."""
+        raise NotImplementedError
+
+    def _target_layers(self) -> Iterator[tuple[int, list[Attention]]]:
+        """Layers whose caches hold tree nodes, by group of the cache; the head's own layer holds none."""
         context = self.compilation_config.static_forward_context
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            # The head's own layer holds no tree nodes; layers that share a cache are moved once.
-            names = set(group.layer_names).difference(self.drafter._draft_attn_layer_names)
+            names = [name for name in group.layer_names if name not in self.drafter._draft_attn_layer_names]
+            # Layers that share a cache are taken once.
             layers = list({context[name].kv_cache.data_ptr(): context[name] for name in names}.values())
             if layers:
-                block_table, block_size = self.input_batch.block_table[gid].get_numpy_array(), layers[0].kv_cache.shape[2]
-                slots = (torch.from_numpy(compact.slots(block_table, rows, x, block_size)) for x in (sources, targets))
-                layers[0].impl.move_slots(layers, *slots)
-        self.tree_metrics.add("num_moved", len(index))
+                yield gid, layers
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         # For requests whose prompt is not complete vLLM rewinds the generator by one draw, which CPU generators cannot do. The
-        # scorer drew nothing for them, so there is nothing to rewind: keep their generators out of sight.
+        # scorer drew nothing for them, so there is nothing to rewind, on no device: keep their generators out of sight.
         generators = self.input_batch.generators
         discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
         hidden = {row: generators.pop(row) for row in discarded if row in generators}
@@ -332,69 +296,3 @@ class EagleTreeCPUModelRunner(CPUModelRunner):
             self.tree_metrics.counts["speculation_off"] = 1
             self._stored.clear()
             return [[] for _ in self.input_batch.req_ids]
-
-    def _learn_costs(self, scheduler_output: SchedulerOutput) -> None:
-        """Tell the budget what this step's pass and the last step's drafting took."""
-        if self.budget is None:
-            return
-        gap_s, pass_s, draft_s, levels_s = costs.agree([*self._clock.read(), self.drafter.levels_s])
-        if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
-            self.budget.saw_gap(gap_s)
-        if not self._prompt_rows:
-            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens)
-        if (drafter := self.drafter).num_drafting:
-            depth = self._drafting.depth
-            self.budget.saw_drafting(draft_s - levels_s, levels_s, drafter.num_drafting, drafter.level_rows, depth)
-
-    def _plan(self, most_draft_tokens: int) -> DraftPlan:
-        """What to draft for the next step."""
-        for row in self._prompt_rows:  # computed anew from the start, if the head has missed something of it
-            self.drafter.forget(self.input_batch.req_ids[row])
-        num_decoding = self._num_decoding
-        self._drafting, pays = Plan(self.tree_config.depth_limit), None
-        if self.budget is not None and num_decoding:
-            self._drafting = plan = self.budget.plan(num_decoding)
-            pays = partial(self.budget.pays, plan)
-        drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
-        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), self._drafting.node_floor, pays)
-
-    def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
-        """Requests that get a tree for the next step, by row, and how large it may be."""
-        requests: dict[int, Request] = {}
-        most_requests = self.max_num_tokens // self.tree_config.level_width  # a level must fit vLLM's input buffers
-        for row, req_id in enumerate(self.input_batch.req_ids):
-            if self.discard_request_mask.np[row]:
-                continue
-            options = self._options[req_id]
-            room = self._room(row, most_draft_tokens)
-            if options.num_draft_tokens == 0:
-                self.tree_metrics.count_decision("switched_off")
-            elif room <= 0:
-                self.tree_metrics.count_decision("no_room")
-            elif len(requests) == most_requests:
-                self.tree_metrics.count_decision("buffer_full")
-            elif not self._grammars.ready(req_id):
-                self.tree_metrics.count_decision("grammar")
-            elif self._drafting.depth == 0:
-                self.tree_metrics.count_decision("budget")
-            elif self.drafter.is_lost(req_id):
-                self.tree_metrics.count_decision("left_behind")
-            else:
-                params = self.requests[req_id].sampling_params
-                num_tokens = int(self.input_batch.num_tokens_no_spec[row])
-                requests[row] = Request(
-                    root_token_id=int(self.input_batch.token_ids_cpu[row, num_tokens - 1]),
-                    num_draft_tokens=min(room, options.num_draft_tokens),
-                    temperature=0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
-                    max_depth=min(options.max_depth, self._drafting.depth),
-                    topk=1 if self._grammars.drafts_chain(req_id) else options.topk,
-                )
-        return requests
-
-    def _room(self, row: int, most_draft_tokens: int) -> int:
-        """How many draft tokens a request can use: its last token needs none, and slots end at the model's length."""
-        state = self.requests[self.input_batch.req_ids[row]]
-        most_tokens = state.sampling_params.max_tokens
-        if most_tokens is not None and most_tokens - len(state.output_token_ids) <= 1:
-            return 0
-        return min(most_draft_tokens, self.max_model_len - int(self.input_batch.num_tokens_no_spec[row]))

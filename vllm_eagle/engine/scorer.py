@@ -5,12 +5,16 @@ The target pass gave one row of logits per node. Depth by depth, the rows of the
 metadata, penalties over the output so far, logits processors, and the next noise of the request's generator. Nothing is
 approximated or handled twice, so whatever the sampler knows is exact under trees. Where it would do nothing but take the greatest
 logit of each row, one call takes those of all nodes.
+
+Sampled rows cannot go through it all at once, on no device: it draws the noise of a row from the request's generator (a number on
+CPU, a row of numbers on a GPU), so every row would use up noise, and all nodes of one depth must see the same.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -21,7 +25,9 @@ from vllm_eagle.engine.grammar import MaskAfter, apply_masks
 from vllm_eagle.tree import DraftTree
 
 PADDING = -1  # what vLLM ignores in a row of sampled tokens
-_MOST_SCORES = 1 << 20  # in one call for all nodes; with more, calls for the nodes on the way alone cost less
+# In one call for all nodes on CPU; with more, calls for the nodes on the way alone cost less. On a GPU it is the other way round:
+# every call is waited for.
+_MOST_SCORES = 1 << 20
 
 
 class EagleTreeScorer:
@@ -44,14 +50,13 @@ class EagleTreeScorer:
         A grammar is asked for a node once `outputs` holds the tokens up to it; where it does not know, the walk ends there.
 
         Returns:
-            sampled_token_ids [num_reqs, longest walk] int32, padded with -1, and logprobs of the same rows if asked for;
-            and the walks.
+            sampled_token_ids [num_reqs, longest walk] int32, padded with -1, on the host, and logprobs of the same rows if asked
+            for; and the walks.
         """
-        if not grammars and logits.numel() <= _MOST_SCORES and is_argmax(metadata):
+        if not grammars and (not logits.is_cpu or logits.numel() <= _MOST_SCORES) and is_argmax(metadata):
             return self._score_at_once(logits, trees, metadata)
         walks = [Walk(tree) for tree in trees]
         first_rows = torch.tensor([0, *(tree.num_nodes for tree in trees)]).cumsum(0)[:-1]
-        sampled: list[torch.Tensor] = []
         logprobs: list[LogprobsTensors] = []
         walking = set(range(len(walks)))
         masks = {i: mask for i, mask_after in grammars.items() if (mask := mask_after(0)) is not None}
@@ -59,15 +64,13 @@ class EagleTreeScorer:
             rows = first_rows + torch.tensor([walk.node for walk in walks])
             generators = {i: g for i, g in metadata.generators.items() if i in walking and i not in discarded}
             out = self._sampler(
-                logits=apply_masks(logits[rows.to(logits.device)], masks),
+                logits=apply_masks(logits[async_tensor_h2d(rows, device=logits.device)], masks),
                 # Drafted tokens are no business of the sampler's: rows are requests, as without speculation.
                 sampling_metadata=replace(metadata, generators=generators, spec_token_ids=None),
             )
-            column = out.sampled_token_ids[:, 0]
-            for i, token_id in enumerate(column.tolist()):
+            for i, token_id in enumerate(out.sampled_token_ids[:, 0].tolist()):
                 if i in walking:
                     walks[i].advance(token_id)
-            sampled.append(column)
             if out.logprobs_tensors is not None:
                 logprobs.append(out.logprobs_tensors)
             masks.clear()
@@ -87,7 +90,7 @@ class EagleTreeScorer:
         for walk, output in zip(walks, outputs, strict=True):
             if walk.path:
                 del output[-len(walk.path) :]  # vLLM's bookkeeping appends the emitted tokens itself
-        return SamplerOutput(_stack_tokens(sampled, walks), _stack_logprobs(logprobs)), walks
+        return SamplerOutput(_stack_tokens(walks), _stack_logprobs(logprobs)), walks
 
     def _score_at_once(
         self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata
@@ -98,9 +101,7 @@ class EagleTreeScorer:
         for tree in trees:
             walks.append(accept(tree, sampled[start : start + tree.num_nodes]))
             start += tree.num_nodes
-        longest = max(len(walk.token_ids) for walk in walks)
-        tokens = [walk.token_ids + [PADDING] * (longest - len(walk.token_ids)) for walk in walks]
-        return SamplerOutput(torch.tensor(tokens, dtype=torch.int32, device=logits.device), None), walks
+        return SamplerOutput(_stack_tokens(walks), None), walks
 
 
 def is_argmax(metadata: SamplingMetadata) -> bool:
@@ -122,11 +123,10 @@ def is_argmax(metadata: SamplingMetadata) -> bool:
     )
 
 
-def _stack_tokens(sampled: list[torch.Tensor], walks: list[Walk]) -> torch.Tensor:
-    tokens = torch.stack(sampled, dim=1)
-    lens = torch.tensor([len(walk.token_ids) for walk in walks], device=tokens.device)
-    ended = torch.arange(tokens.shape[1], device=tokens.device) >= lens[:, None]
-    return tokens.masked_fill(ended, PADDING)
+def _stack_tokens(walks: list[Walk]) -> torch.Tensor:
+    """On the host, where the walks know them and vLLM's bookkeeping wants them."""
+    longest = max(len(walk.token_ids) for walk in walks)
+    return torch.tensor([walk.token_ids + [PADDING] * (longest - len(walk.token_ids)) for walk in walks], dtype=torch.int32)
 
 
 def _stack_logprobs(logprobs: list[LogprobsTensors]) -> LogprobsTensors | None:

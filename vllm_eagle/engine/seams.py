@@ -5,57 +5,53 @@ A vLLM bump is a checklist: `check_seams` names what changed and the file to edi
 
 import inspect
 import os
+from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import vllm
 from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+from vllm.platforms import current_platform
+from vllm.utils import torch_utils
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 TESTED_VERSIONS = ("0.32",)
 ALLOW_UNTESTED = "VLLM_EAGLE_ALLOW_UNTESTED"
 
-# class, method, parameters after self, the file here that relies on it
-_SEAMS = (
-    (CPUWorker, "init_device", "", "engine/worker.py"),
+# Of the runners of all devices: method, parameters after self, the file here that relies on it
+_RUNNER = (
+    ("_prepare_inputs", "scheduler_output num_scheduled_tokens", "engine/runner.py"),
     (
-        CPUWorker,
-        "__init__",
-        "vllm_config local_rank rank distributed_init_method is_driver_worker",
-        "engine/worker.py",
-    ),
-    (CPUModelRunner, "_prepare_inputs", "scheduler_output num_scheduled_tokens", "engine/runner.py"),
-    (
-        CPUModelRunner,
         "_build_attention_metadata",
         "num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices logits_indices "
         "max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens slot_mappings",
         "engine/runner.py",
     ),
-    (CPUModelRunner, "_sample", "logits spec_decode_metadata", "engine/runner.py"),
-    (CPUModelRunner, "_update_states_after_model_execute", "output_token_ids scheduler_output", "engine/runner.py"),
-    (CPUModelRunner, "_input_fits_in_drafter", "common_attn_metadata", "engine/runner.py"),
-    (CPUModelRunner, "_on_request_state_removed", "req_id req_state", "engine/runner.py"),
+    ("_sample", "logits spec_decode_metadata", "engine/runner.py"),
+    ("_update_states_after_model_execute", "output_token_ids scheduler_output", "engine/runner.py"),
+    ("_input_fits_in_drafter", "common_attn_metadata", "engine/runner.py"),
+    ("_on_request_state_removed", "req_id req_state", "engine/runner.py"),
+    ("_bookkeeping_sync", "scheduler_output sampler_output logits hidden_states num_scheduled_tokens", "engine/runner.py"),
+    ("execute_model", "scheduler_output intermediate_tensors", "engine/runner.py"),
+    ("sample_tokens", "grammar_output", "engine/runner.py"),
     (
-        CPUModelRunner,
-        "_bookkeeping_sync",
-        "scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
-        "engine/runner.py",
-    ),
-    (CPUModelRunner, "execute_model", "scheduler_output intermediate_tensors", "engine/runner.py"),
-    (CPUModelRunner, "sample_tokens", "grammar_output", "engine/runner.py"),
-    (
-        CPUModelRunner,
         "propose_draft_token_ids",
         "scheduler_output sampled_token_ids sampling_metadata hidden_states sample_hidden_states aux_hidden_states "
         "spec_decode_metadata common_attn_metadata slot_mappings",
         "engine/runner.py",
     ),
+    ("_sync_device", "", "engine/planning.py"),
+)
+
+# class (or module), method, parameters after self (or after the first one), the file here that relies on it
+_SEAMS = (
     (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/scheduler.py"),
     (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/scheduler.py"),
     (StructuredOutputManager, "grammar_init", "request", "engine/grammar.py"),
@@ -83,21 +79,50 @@ _SEAMS = (
     (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
     (EagleLlamaForCausalLM, "load_weights", "weights", "engine/biased_head.py"),
     (Sampler, "forward", "logits sampling_metadata predict_bonus_token logprobs_mode_override", "engine/scorer.py"),
-    (
-        CPUAttentionBackendImpl,
-        "forward",
-        "layer query key value kv_cache attn_metadata output output_scale output_block_scale",
-        "attention/cpu.py",
-    ),
-    (CPUAttentionBackendImpl, "do_kv_cache_update", "layer key value kv_cache slot_mapping", "attention/cpu.py"),
-    (CPUAttentionMetadataBuilder, "build", "common_prefix_len common_attn_metadata fast_build", "attention/cpu.py"),
+    (Sampler, "greedy_sample", "", "engine/gpu_runner.py"),
+    (topk_topp_sampler, "random_sample", "generators use_fp64_gumbel", "noise_rows.py"),
+    (torch_utils, "async_tensor_h2d", "device dtype out", "engine/runner.py"),
+    (Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/gpu_worker.py"),
+    (Worker, "init_device", "", "engine/gpu_worker.py"),
+    (Worker, "_make_model_runner", "", "engine/gpu_worker.py"),
+    (Worker, "compile_or_warm_up_model", "", "engine/gpu_worker.py"),
+    (Worker, "shutdown", "", "engine/worker.py"),
+    (GPUModelRunner, "__init__", "vllm_config device", "engine/gpu_worker.py"),
+    (GPUModelRunner, "load_model", "load_dummy_weights model", "engine/runner.py"),
+    (GPUModelRunner, "_dummy_sampler_run", "hidden_states", "engine/gpu_runner.py"),
 )
+
+
+def _cpu_seams() -> Iterator[tuple[Any, str, str, str]]:
+    """Of the CPU alone. Not to be asked for elsewhere: importing CPUWorker replaces parts of torch."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    for name, expected, file in _RUNNER:
+        yield CPUModelRunner, name, expected, file
+    yield CPUModelRunner, "load_model", "load_dummy_weights", "engine/cpu_runner.py"
+    yield CPUWorker, "init_device", "", "engine/cpu_worker.py"
+    yield CPUWorker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/cpu_worker.py"
+    yield CPUWorker, "compile_or_warm_up_model", "", "engine/cpu_worker.py"
+    forward = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+    yield CPUAttentionBackendImpl, "forward", forward, "attention/cpu.py"
+    yield CPUAttentionBackendImpl, "do_kv_cache_update", "layer key value kv_cache slot_mapping", "attention/cpu.py"
+    yield CPUAttentionMetadataBuilder, "build", "common_prefix_len common_attn_metadata fast_build", "attention/cpu.py"
+
+
+def _seams() -> Iterator[tuple[Any, str, str, str]]:
+    """Of this machine; vLLM ships the GPU's files in every wheel."""
+    yield from _SEAMS
+    for name, expected, file in _RUNNER:
+        yield GPUModelRunner, name, expected, file
+    if current_platform.is_cpu():
+        yield from _cpu_seams()
 
 
 def changed_seams() -> list[str]:
     """One line per upstream symbol whose parameters are not the ones that our override was written for."""
     lines = []
-    for owner, name, expected, file in _SEAMS:
+    for owner, name, expected, file in _seams():
         method = getattr(owner, name, None)
         if method is None:
             lines.append(f"{owner.__name__}.{name} is gone; edit {file}")

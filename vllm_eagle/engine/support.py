@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from vllm_eagle.attention.interface import CUDA_BACKENDS
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
+from vllm_eagle.engine.devices import V2_RUNNER
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
@@ -202,10 +204,42 @@ def _aux_layers(config: VllmConfig) -> str | None:
 # The engine
 
 
-@_refused("CUDA and other devices", "only the CPU's tree kernels exist so far")
+@_refused("devices other than CPU and CUDA", "there are tree kernels for these two")
 def _device(config: VllmConfig) -> str | None:
     device = config.device_config.device_type
-    return None if device == "cpu" else f"device {device}: only the CPU backend exists so far; {PLAIN}"
+    return None if device in ("cpu", "cuda") else f"device {device}: there are tree kernels for CPU and CUDA only; {PLAIN}"
+
+
+@_refused("vLLM's V2 model runner", "trees are built into its V1 runner; the choice is set by itself on CUDA")
+def _v2_runner(config: VllmConfig) -> str | None:
+    if not config.use_v2_model_runner:
+        return None
+    return f"vLLM's V2 model runner knows no trees; set {V2_RUNNER}=0 before the process starts"
+
+
+@_refused("CUDA graphs of whole steps", "they would hold attention without its tree; the mode is set to PIECEWISE by itself")
+def _cudagraph_mode(config: VllmConfig) -> str | None:
+    mode = config.compilation_config.cudagraph_mode
+    if not mode.has_full_cudagraphs():
+        return None
+    return (
+        f"cudagraph_mode {mode.name} captures attention without its tree; "
+        "set compilation_config.cudagraph_mode to PIECEWISE or NONE"
+    )
+
+
+@_refused(f"CUDA attention backends other than {', '.join(CUDA_BACKENDS)}", "these have tree rows; one is chosen by itself")
+def _attention_backend(config: VllmConfig) -> str | None:
+    if config.device_config.device_type != "cuda":
+        return None
+    per_kind = config.attention_config.backend_per_kind
+    chosen = {
+        "attention_backend": config.attention_config.backend,
+        "speculative_config.attention_backend": config.speculative_config.attention_backend,
+        **{f"attention_config.backend_per_kind.{kind}": backend for kind, backend in per_kind.items()},
+    }
+    wrong = [f"{name}={x.name}" for name, x in chosen.items() if x is not None and x.name not in CUDA_BACKENDS]
+    return f"{', '.join(wrong)}: no tree rows there; set it to {' or '.join(CUDA_BACKENDS[:2])}" if wrong else None
 
 
 def _engine_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
@@ -239,10 +273,10 @@ _engine_rule(
 )  # fmt: skip
 
 
-@_refused("quantized KV cache (fp8, int8, ...)", "the CPU tree kernel reads no quantized cache")
+@_refused("quantized KV cache (fp8, int8, ...) on CPUs", "the CPU tree kernel reads no quantized cache")
 def _cache_dtype(config: VllmConfig) -> str | None:
     dtype = config.cache_config.cache_dtype
-    if dtype in ("auto", "bfloat16", "float16", "float32"):
+    if dtype in ("auto", "bfloat16", "float16", "float32") or config.device_config.device_type == "cuda":  # there layers say
         return None
     return f"kv_cache_dtype {dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto"
 

@@ -1,0 +1,97 @@
+"""xformers' backend: its kernels want a GPU, so here its attention is done in plain torch from the very biases they would get."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.ops.cases import Attention, attention_inputs
+
+pytestmark = pytest.mark.skipif(
+    find_spec("xformers") is None, reason="needs xformers: pip install --no-deps -r vllm_eagle/interop.lock"
+)
+
+
+def dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, ...]:
+    """Attention [B, M, G, H, D] and log-sums [B, G, H, M], in the shapes of xformers."""
+    assert key.shape[2:] == value.shape[2:] == query.shape[2:]
+    scores = torch.einsum("bmghd,bkghd->bghmk", query.float(), key.float()) * scale + bias.float()
+    return torch.einsum("bghmk,bkghd->bmghd", scores.softmax(-1), value.float()).to(query.dtype), scores.logsumexp(-1)
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xformers.ops import fmha
+
+    from vllm_eagle.ops import xformers_attention
+
+    def partial(query, key, value, attn_bias, scale, op):  # type: ignore[no-untyped-def]
+        from vllm_eagle.ops.xformers_attention import PagedBlockDiagonalPaddedKeysMask
+
+        assert type(attn_bias) is PagedBlockDiagonalPaddedKeysMask
+        attn_bias.k_seqinfo.seqlen_py = attn_bias.k_seqinfo.seqlen.tolist()  # what a kernel reads; `materialize` reads the list
+        total = attn_bias.block_tables.numel() * attn_bias.page_size
+        bias = attn_bias.materialize((query.shape[1], total))
+        bias = torch.nn.functional.pad(bias, (0, key.shape[1] - bias.shape[1]), value=float("-inf"))
+        return dense(query, key, value, bias, scale)
+
+    def whole(query, key, value, attn_bias, scale, op):  # type: ignore[no-untyped-def]
+        assert attn_bias.shape == (query.shape[0], *query.shape[2:4], query.shape[1], key.shape[1])
+        assert attn_bias.stride(-1) == 1
+        assert attn_bias.stride(-2) % 8 == 0
+        return dense(query, key, value, attn_bias, scale)
+
+    def merge(parts, log_sums, output_dtype):  # type: ignore[no-untyped-def]
+        total = torch.stack(log_sums).logsumexp(0)
+        weights = [(x - total).exp().permute(0, 3, 1, 2)[..., None] for x in log_sums]
+        return sum(weight * part.float() for weight, part in zip(weights, parts, strict=True)).to(output_dtype), total
+
+    monkeypatch.setattr(fmha, "memory_efficient_attention_partial", partial)
+    monkeypatch.setattr(fmha, "memory_efficient_attention_forward_requires_grad", whole)
+    monkeypatch.setattr(fmha, "merge_attentions", merge)
+    monkeypatch.setattr(xformers_attention, "select_prefix_op", lambda *args: None)
+
+
+@pytest.mark.usefixtures("by_torch")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Attention([(1, 40)], block_size=64, token_major=True),
+        Attention([(17, 100), (1, 33), (5, 1), (61, 257)], block_size=64, token_major=True),
+        Attention([(9, 64), (4, 65)], heads=(4, 4, 32), block_size=64, token_major=True),
+        Attention([(6, 200), (3, 7)], block_size=128, token_major=True, levels=True),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_equals_the_reference(shape: Attention, seed: int) -> None:
+    from vllm_eagle.ops import tree_attention, xformers_attention
+
+    query, key, value, kv_cache, rows = attention_inputs(shape, torch.device("cpu"), seed)
+    scale = shape.heads[2] ** -0.5
+    found, expected = (torch.full_like(query, 7.0) for _ in range(2))
+    longest = max(context for _, context in shape.sizes) + 5
+    xformers_attention.tree_attention(query, key, value, kv_cache, rows, scale, found, longest)
+    tree_attention.reference(query, key, value, kv_cache, rows, scale, expected)
+    assert torch.allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_its_own_choice_of_a_kernel_takes_our_bias() -> None:
+    from xformers.ops import fmha
+
+    from vllm_eagle.ops.xformers_attention import PagedBlockDiagonalPaddedKeysMask, _context_bias
+
+    zero = torch.zeros(2, dtype=torch.long)
+    rows = TreeRows(torch.zeros(2, 4, dtype=torch.int32), zero + 70, zero, zero + 3, zero, zero + 3, torch.ones(2, 3, 3).bool())
+    bias = _context_bias(rows, 128, 3, 64)
+    assert bias.k_seqinfo.seqlen.tolist() == [70, 70]
+    assert bias.q_seqinfo.seqstart_py == [0, 3, 6]
+    for op in (fmha.triton_splitk.FwOp, fmha.flash3.FwOp):
+        assert PagedBlockDiagonalPaddedKeysMask in op.SUPPORTED_ATTN_BIAS_TYPES
+    heads = torch.zeros(1, 6, 2, 4, 64, dtype=torch.float16), torch.zeros(1, 256, 2, 4, 64, dtype=torch.float16)
+    inputs = fmha.Inputs(query=heads[0], key=heads[1], value=heads[1], attn_bias=bias)
+    inputs.validate_inputs()
+    reasons = fmha.triton_splitk.FwOp.not_supported_reasons(inputs)
+    assert [r for r in reasons if "device" not in r and "triton" not in r and "built" not in r] == []

@@ -1,0 +1,361 @@
+"""vLLM's CUDA attention backends with tree rows. Not run on a GPU yet.
+
+| backend | tree rows run through | not for |
+| --- | --- | --- |
+| FLASH_ATTN | FlashAttention over the context, our kernel over the tree's own keys, vLLM's merge of the two | float32, windows |
+| TRITON_ATTN | our kernel for both, in one launch where a context is short | per-token-head and 4-bit caches |
+| CUSTOM | xformers (xformers.py) | float32, windows, soft caps, fp8 caches, heads of other sizes than powers of two |
+
+FLASH_ATTN is what is taken where it can: FlashAttention reads a long context fastest, and the tree's own keys are few. That is
+reasoning, not measurement. Each impl says why it cannot run a layer (`not_supported_reasons`).
+
+Requests without a tree, and chains, run through vLLM's own kernel as always. Keys and values are written by vLLM.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+from vllm_eagle.attention.levels import DraftLevels
+from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.verify import TreeBatch
+
+_FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
+
+
+def register(vllm_config: VllmConfig) -> None:
+    """Put our backends in the places of vLLM's, and choose one where the user has not."""
+    register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{TreeFlashAttentionBackend.__name__}")
+    register_backend(AttentionBackendEnum.TRITON_ATTN, f"{__name__}.{TreeTritonAttentionBackend.__name__}")
+    register_backend(AttentionBackendEnum.CUSTOM, "vllm_eagle.attention.xformers.TreeXFormersBackend")
+    if vllm_config.attention_config.backend is None:  # else support.py has made sure that it is one of these
+        in_float32 = vllm_config.model_config.dtype == torch.float32
+        name = "TRITON_ATTN" if in_float32 else "FLASH_ATTN"
+        vllm_config.attention_config.backend = AttentionBackendEnum[name]
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.attention_backend is None:  # vLLM would choose another one for the head
+        speculative.attention_backend = vllm_config.attention_config.backend
+
+
+@dataclass
+class _Divided:
+    """How the rows of a pass that verifies trees divide; in addition to vLLM's metadata."""
+
+    query_start_loc_cpu: torch.Tensor | None = None  # [num_reqs + 1] int32, on the host
+    trees: TreeRows | None = None  # None: no tree in this pass
+    tree_rows: torch.Tensor | None = None  # [num_tree_rows] int64; None: all rows belong to trees, in order
+    tree_starts: torch.Tensor | None = None  # [num_trees + 1] int32, where each tree begins among the tree rows
+    longest_context: int = 0  # at least that of any tree
+    plain: Any = None  # vLLM's metadata of the requests without a tree, as a batch of their own; None: there are none
+    plain_rows: torch.Tensor | None = None  # [num_plain_rows] int64
+
+
+@dataclass
+class TreeFlashAttentionMetadata(_Divided, FlashAttentionMetadata):
+    """Of FlashAttention."""
+
+
+@dataclass
+class TreeTritonAttentionMetadata(_Divided, TritonAttentionMetadata):
+    """Of Triton."""
+
+
+class _TreeBuilder:
+    """Mixin of vLLM's builders: `attach` adds the trees of a pass to its metadata."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # shapes of trees differ from pass to pass
+    metadata_cls: ClassVar[type[Any]]
+    device: torch.device
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
+        """As vLLM's, without trees."""
+        built = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        return self.metadata_cls(**vars(built), query_start_loc_cpu=common_attn_metadata.query_start_loc_cpu)
+
+    def attach(self, metadata: Any, batch: TreeBatch) -> None:
+        """Divide the rows of `metadata` into those of `batch`'s trees and the rest. Nothing is read back from the GPU."""
+        sent = partial(async_tensor_h2d, device=self.device)
+        first_rows, num_rows = sent(batch.first_rows), sent(batch.num_nodes)
+        metadata.trees = TreeRows(
+            metadata.block_table[sent(batch.req_indices)],
+            sent(batch.context_lens),
+            first_rows,
+            num_rows,
+            first_keys=first_rows,
+            num_keys=num_rows,
+            visible=sent(batch.ancestors),
+        )
+        metadata.longest_context = int(batch.context_lens.max())
+        starts = torch.nn.functional.pad(torch.from_numpy(batch.num_nodes).cumsum(0), (1, 0))
+        metadata.tree_starts = sent(starts.to(torch.int32))
+        query_lens = metadata.query_start_loc_cpu.diff()
+        if batch.num_nodes.sum() == query_lens.sum():
+            return
+        metadata.tree_rows = sent(batch.rows)
+        is_plain = torch.ones(len(query_lens), dtype=torch.bool)
+        is_plain[batch.req_indices] = False
+        lens = query_lens[is_plain]
+        if len(lens):
+            metadata.plain_rows = sent(torch.repeat_interleave(is_plain, query_lens).nonzero()[:, 0])
+            query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
+            chosen = sent(is_plain.nonzero()[:, 0])
+            subset = CommonAttentionMetadata(
+                query_start_loc=sent(query_start_loc),
+                query_start_loc_cpu=query_start_loc,
+                seq_lens=metadata.seq_lens[chosen],
+                num_reqs=len(lens),
+                num_actual_tokens=int(lens.sum()),
+                max_query_len=int(lens.max()),
+                max_seq_len=metadata.max_seq_len,
+                block_table_tensor=metadata.block_table[chosen],
+                slot_mapping=metadata.slot_mapping,
+                causal=metadata.causal,
+            )
+            metadata.plain = super().build(0, subset)  # type: ignore[misc]
+
+
+class TreeImpl:
+    """Mixin of vLLM's attention: verification passes over trees and the head's passes over tree levels."""
+
+    scale: float
+    head_size: int
+    kv_cache_dtype: str
+    attn_type: str
+    alibi_slopes: Any
+    sinks: torch.Tensor | None
+    sliding_window: tuple[int, int] | None
+    logits_soft_cap: float | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.supports_quant_query_input = False  # tree rows want the query as it is
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's; shapes as there."""
+        if isinstance(attn_metadata, DraftLevels):
+            own = attn_metadata.add(layer.layer_name, key, value)
+            self._attend(layer, query, *own, kv_cache, attn_metadata.rows, attn_metadata.longest_context, output)
+            return output
+        trees = None if attn_metadata is None else attn_metadata.trees
+        if trees is None:
+            plain = super().forward  # type: ignore[misc]
+            return plain(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("draft trees: attention cannot quantize its output; switch that fusion off")
+        self._verify(layer, query, *self._as_cached(layer, key, value), kv_cache, attn_metadata, output)
+        if attn_metadata.plain is not None:
+            rows = attn_metadata.plain_rows
+            plain_output = torch.empty_like(output[rows])
+            plain = super().forward  # type: ignore[misc]
+            plain(layer, query[rows], key[rows], value[rows], kv_cache, attn_metadata.plain, plain_output)
+            output[rows] = plain_output
+        return output
+
+    def _verify(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Tree rows of a verification pass."""
+        self._attend(layer, query, key, value, kv_cache, metadata.trees, metadata.longest_context, output)
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: TreeRows,
+        longest_context: int,
+        output: torch.Tensor,
+    ) -> None:
+        """Tree rows by our kernel alone."""
+        from vllm_eagle.ops.tree_attention import tree_attention
+
+        tree_attention(
+            query,
+            key,
+            value,
+            self._typed(kv_cache),
+            rows,
+            self.scale,
+            output,
+            longest_context,
+            soft_cap=float(self.logits_soft_cap or 0.0),
+            window=self._window,
+            key_scale=layer._k_scale_float,
+            value_scale=layer._v_scale_float,
+        )
+
+    @property
+    def _window(self) -> int:
+        """Tokens that a row sees, itself included; 0: all."""
+        return self.sliding_window[0] + 1 if self.sliding_window is not None and self.sliding_window[0] >= 0 else 0
+
+    def _typed(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return kv_cache.view(current_platform.fp8_dtype()) if is_quantized_kv_cache(self.kv_cache_dtype) else kv_cache
+
+    def _as_cached(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as plain decoding would read them back, rounded to the cache's type."""
+        if not is_quantized_kv_cache(self.kv_cache_dtype):
+            return key, value
+        rounded = []
+        for x, scale in ((key, layer._k_scale_float), (value, layer._v_scale_float)):
+            small = (x.float() / scale).clamp(-_FP8_MOST, _FP8_MOST).to(current_platform.fp8_dtype())
+            rounded.append((small.float() * scale).to(x.dtype))
+        return rounded[0], rounded[1]
+
+    def not_supported_reasons(self, max_model_len: int) -> list[str]:
+        """Why this layer cannot run tree rows; empty if it can."""
+        reasons = []
+        if self.attn_type != AttentionType.DECODER:
+            reasons.append(f"attention of type {self.attn_type} is not causal self-attention")
+        if self.alibi_slopes is not None:
+            reasons.append("ALiBi goes by cache slot, tree positions do not")
+        if self.sinks is not None:
+            reasons.append("the tree kernel knows no attention sinks")
+        if is_quantized_kv_cache(self.kv_cache_dtype) and self.kv_cache_dtype not in ("fp8", "fp8_e4m3"):
+            reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} is not read by the tree kernel; use auto or fp8")
+        return reasons
+
+
+class TreeTritonAttentionMetadataBuilder(_TreeBuilder, TritonAttentionMetadataBuilder):
+    """Of the backend below."""
+
+    metadata_cls = TreeTritonAttentionMetadata
+
+
+class TreeTritonAttentionImpl(TreeImpl, TritonAttentionImpl):
+    """vLLM's Triton attention; tree rows by our kernel."""
+
+
+class TreeTritonAttentionBackend(TritonAttentionBackend):
+    """Registered in place of TRITON_ATTN, whose name it keeps."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeTritonAttentionImpl]:
+        """The implementation above."""
+        return TreeTritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeTritonAttentionMetadataBuilder]:
+        """The builder above."""
+        return TreeTritonAttentionMetadataBuilder
+
+
+class TreeFlashAttentionMetadataBuilder(_TreeBuilder, FlashAttentionMetadataBuilder):
+    """Of the backend below."""
+
+    metadata_cls = TreeFlashAttentionMetadata
+
+
+class TreeFlashAttentionImpl(TreeImpl, FlashAttentionImpl):
+    """vLLM's FlashAttention; for tree rows its context part, merged with our kernel's part over the tree's own keys."""
+
+    def not_supported_reasons(self, max_model_len: int) -> list[str]:
+        """Why this layer cannot run tree rows; empty if it can."""
+        reasons = super().not_supported_reasons(max_model_len)
+        if 0 < self._window < max_model_len:
+            # FlashAttention counts a window from the last row, as if rows were consecutive tokens.
+            reasons.append(f"a sliding window of {self._window} tokens; set attention_backend to TRITON_ATTN")
+        return reasons
+
+    def _verify(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: TreeFlashAttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """FlashAttention over the context, without a mask, since all rows of a tree see all of it."""
+        from vllm.v1.attention.backends.flash_attn import flash_attn_varlen_func
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        from vllm_eagle.ops.tree_attention import own_attention
+
+        trees, chosen = metadata.trees, metadata.tree_rows
+        assert trees is not None
+        assert metadata.tree_starts is not None
+        soft_cap = float(self.logits_soft_cap or 0.0)
+        own, own_log_sums = own_attention(query, key, value, kv_cache, trees, self.scale, soft_cap)
+        num_rows = metadata.num_actual_tokens
+        pick = (lambda x: x[:num_rows]) if chosen is None else (lambda x: x[chosen])
+        keys, values = self._typed(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
+        descale = (len(trees.context_lens), key.shape[1])
+        context, context_log_sums = flash_attn_varlen_func(
+            q=pick(query),
+            k=keys,
+            v=values,
+            cu_seqlens_q=metadata.tree_starts,
+            max_seqlen_q=trees.visible.shape[1],
+            seqused_k=trees.context_lens.to(torch.int32),
+            max_seqlen_k=max(1, metadata.longest_context),
+            softmax_scale=self.scale,
+            causal=False,
+            softcap=soft_cap,
+            block_table=trees.block_table,
+            return_softmax_lse=True,
+            fa_version=self.vllm_flash_attn_version,
+            k_descale=layer._k_scale.expand(descale),
+            v_descale=layer._v_scale.expand(descale),
+        )
+        suffix, suffix_log_sums = pick(own).to(query.dtype), pick(own_log_sums.t()).t().contiguous()
+        if chosen is None:
+            merge_attn_states(output[:num_rows], context, context_log_sums, suffix, suffix_log_sums)
+        else:
+            merged = torch.empty_like(context)
+            merge_attn_states(merged, context, context_log_sums, suffix, suffix_log_sums)
+            output[chosen] = merged
+
+
+class TreeFlashAttentionBackend(FlashAttentionBackend):
+    """Registered in place of FLASH_ATTN, whose name it keeps."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeFlashAttentionImpl]:
+        """The implementation above."""
+        return TreeFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeFlashAttentionMetadataBuilder]:
+        """The builder above."""
+        return TreeFlashAttentionMetadataBuilder

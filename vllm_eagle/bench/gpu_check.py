@@ -1,0 +1,69 @@
+"""`vllm-eagle gpu-check`: every Triton kernel against its reference on fresh random inputs, then how fast it is on this GPU.
+
+Needs torch and triton, not vLLM; what is timed: gpu_timings.py. Without a GPU, `--interpret` runs the comparisons through Triton's
+interpreter on the CPU: slowly, and nothing is timed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vllm-eagle gpu-check`."""
+    parser.add_argument("--seeds", type=int, default=3, help="sets of random inputs per comparison (default %(default)s)")
+    parser.add_argument("--interpret", action="store_true", help="through Triton's interpreter on the CPU; nothing is timed")
+    parser.add_argument("--no-timings", action="store_true", help="compare only")
+    parser.add_argument("--json", type=Path, help="write the result here, too")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, time, print a table and, last, one JSON line; 1 if a kernel disagrees with its reference."""
+    if args.seeds < 1:
+        raise ValueError("--seeds must be at least 1")
+    import torch
+
+    if args.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    elif not torch.cuda.is_available():
+        raise ValueError("no CUDA device here; --interpret compares the kernels on the CPU, through Triton's interpreter")
+    try:
+        import triton
+    except ImportError:
+        raise ValueError("triton is not installed; on a GPU machine it comes with torch, elsewhere: pip install triton") from None
+    device = torch.device("cpu" if args.interpret else "cuda")
+    comparisons = compare(device, args.seeds)
+    failed = [name for name, error in comparisons.items() if error > 1]
+    result: dict[str, Any] = {
+        "device": "interpreter" if args.interpret else torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        "comparisons": comparisons,
+        "failed": failed,
+    }
+    if not args.interpret and not args.no_timings:
+        from vllm_eagle.bench.gpu_timings import timings
+
+        result["timings"] = timings(device)
+    if args.json is not None:
+        args.json.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+    return int(bool(failed))
+
+
+def compare(device: "torch.device", seeds: int) -> dict[str, float]:
+    """Greatest error of each comparison, as a multiple of its tolerance."""
+    from vllm_eagle.ops.cases import all_cases
+
+    found = {}
+    for case in all_cases():
+        error = max(case.error(device, seed) for seed in range(seeds))
+        found[case.name] = round(error, 3)
+        print(f"{'ok  ' if error <= 1 else 'FAIL'} {error:6.3f}  {case.name}", file=sys.stderr, flush=True)
+    return found

@@ -1,0 +1,98 @@
+"""The model runner with draft trees on CUDA: vLLM's V1 runner. Not run on a GPU yet.
+
+The target and the head run as CUDA graphs between attention layers (`PIECEWISE`); attention runs eagerly, since its metadata holds
+the trees. What a step sends to the GPU goes from pinned memory without waiting, but for what is named here. In a step with trees of
+depth d the host waits for the GPU
+
+- once for the sampled tokens if all requests are plainly greedy, else once per depth of the longest walk, since only then is the
+  next node known (scorer.py); three times more for logprobs, once more in vLLM's bookkeeping if no walk is longer than a token;
+- once when vLLM sends the last tokens to the head (`prepare_next_token_ids_cpu`);
+- when drafting begins, five times at once: draft.py makes four tensors of lists and reads the largest tree that is allowed;
+- twice per level, to see whether another one pays; once without the budget, never for static shapes;
+- four times at once to read the finished trees;
+- once if some requests get no drafts in this step, once if the head catches up with some (first_pass.py), and twice per level if a
+  grammar constrains a request that drafts.
+
+So 11 + 2 d times where all is greedy, and up to d more where requests sample. Most of these find the GPU idle already. Besides,
+every sampled request costs a launch per level for its coming noise (noise_rows.py), as it costs vLLM one per sampled token.
+
+What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
+
+- It knows exact lengths and drafts on the GPU only, so a request's tree must live there: parents, depths, ancestors, scores and the
+  number of nodes beside its `RequestState.draft_tokens`, paths of the step beside `num_sampled`. The trees kept here by request id,
+  and the comparison with what the scheduler sends back, which is -1 for every draft token there, would go.
+- Positions: override `prepare_attn`; after vLLM has derived slots, write context length plus depth. Attention's builders find the
+  trees on the GPU; `attach` takes them from the host.
+- Acceptance: a subclass of its RejectionSampler overriding `_verify`: apply the sampling parameters to all rows, draw with
+  `gumbel_sample`, then ops/walk.py. Its noise is a hash of seed, position and token, so nothing is consumed and coupling is simple.
+  But its kernels of penalties, bad words and thinking budgets take a request's rows for a chain, and grammars want a row per draft.
+- Compaction by ops/move_slots.py, which takes paths from the GPU already.
+- Drafting: a subclass of its EagleSpeculator growing levels of fixed width with ops/best_children.py and ops/rerank.py. Depth and
+  number of nodes would be fixed before the step, since nothing may be read back: the budget would choose among captured sizes.
+- Full CUDA graphs want fixed buffers and split counts in our metadata; without them, graphs between attention layers, as here.
+
+Algorithm, kernels, heads and configuration would stay; runner, proposer, scorer and scheduler would be written a second time. That
+is not small, and it could not be tried: it is left until the V1 runner has run on a GPU.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_eagle.engine.proposer import BACKLOG_BYTES
+from vllm_eagle.engine.runner import EagleTreeRunner
+from vllm_eagle.verify import TreeBatch
+
+# What ranking a level holds per logit at the most: logits in 16 bits, filtered and scaled ones and their sum with noise in 32.
+_BYTES_PER_DRAFT_LOGIT = 16
+
+
+class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
+    """vLLM's V1 GPU model runner, verifying trees. Not run on a GPU yet."""
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; then prepare compaction.
+
+        Raises:
+            ValueError: the caches' layout is none that it knows.
+        """
+        super().initialize_kv_cache(*args, **kwargs)
+        from vllm_eagle.ops.move_slots import Caches  # Triton: not installed beside vLLM's CPU wheel
+
+        self._caches = {gid: Caches.of([layer.kv_cache for layer in layers]) for gid, layers in self._target_layers()}
+
+    def _move_accepted(self, batch: TreeBatch, paths: list[list[int]]) -> None:
+        from vllm_eagle.ops.move_slots import move_accepted
+
+        padded = np.zeros((len(paths), max(map(len, paths))), dtype=np.int32)
+        for row, path in zip(padded, paths, strict=True):
+            row[: len(path)] = path
+        sent = [async_tensor_h2d(x, device=self.device) for x in (batch.req_indices, batch.context_lens, padded)]
+        for gid, caches in self._caches.items():
+            block_table = self.input_batch.block_table[gid].get_device_tensor(self.input_batch.num_reqs)
+            move_accepted(caches, block_table[sent[0]], *sent[1:])
+
+    @torch.inference_mode()
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As vLLM's, while memory is held as in a step with trees, so that profiling leaves room for it.
+
+        vLLM takes one row of logits per request, [num_reqs, vocab]. A step with trees has one per node of all trees,
+        [most_nodes, vocab] in the model's type, until it ends; on top of them in turn their copy in float32, where all requests
+        are greedy, what vLLM's sampler makes of a row per request, and what ranking the widest level of drafts takes. The
+        features that wait for the head (`BACKLOG_BYTES`) are counted in, too.
+        """
+        vocab_size = self.model_config.get_vocab_size()
+        backlog = torch.empty(BACKLOG_BYTES, dtype=torch.uint8, device=self.device)
+        features = hidden_states.new_zeros(self.most_nodes, hidden_states.shape[-1])
+        # With adapters, logits want a real batch.
+        logits = self.model.compute_logits(features) if self.lora_config is None else features.new_zeros(len(features), vocab_size)
+        Sampler.greedy_sample(logits.to(torch.float32))
+        sampled = super()._dummy_sampler_run(hidden_states)
+        level_rows = min(self.max_num_tokens, self.max_num_reqs * self.tree_config.level_width)
+        level = torch.empty(level_rows * vocab_size, _BYTES_PER_DRAFT_LOGIT, dtype=torch.uint8, device=self.device)
+        del backlog, logits, level
+        return sampled
