@@ -20,11 +20,10 @@ from vllm_eagle.bench.offline import Generated, encode_prompts, engine, generate
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-TREE_SIZES = (8, 16, 32, 60)
 CHAIN_SIZES = (3, 5)
 MAX_NUM_SEQS = 64
 NGRAM, NGRAM_SIZE = "vllm_ngram", 5
-EQUAL_SIZES = (3, 5, 8, 16)  # trees and chains of as many nodes
+SIZES = (2, 3, 5, 8, 16, 32, 60)  # trees and chains of as many nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +52,10 @@ def variants(head: str, temperature: float, medusa: str | None = None) -> dict[s
     for suffix, options in (("", {}), ("_uncoupled", {"coupled": False})):
         if suffix and temperature == 0:
             break  # no noise to couple to
-        for size in EQUAL_SIZES:
+        for size in SIZES:
             named[f"chain{size}{suffix}"] = ours(head, size, budget=False, mode="chain", **options)
         named[f"static{suffix}"] = ours(head, 16, budget=False, mode="static", **options)
-        for size in sorted({*EQUAL_SIZES, *TREE_SIZES}):
+        for size in SIZES:
             named[f"tree{size}{suffix}"] = ours(head, size, budget=False, **options)
     if temperature == 0:
         named[f"{NGRAM}{NGRAM_SIZE}"] = vllm_ngram(NGRAM_SIZE)
@@ -98,7 +97,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "kv_cache_memory_bytes": 1 << 30,
         "max_num_seqs": MAX_NUM_SEQS,
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
-        "max_num_batched_tokens": sum(sorted(map(len, prompts))[-MAX_NUM_SEQS:]) + MAX_NUM_SEQS * (max(TREE_SIZES) + 1),
+        "max_num_batched_tokens": sum(sorted(map(len, prompts))[-MAX_NUM_SEQS:]) + MAX_NUM_SEQS * (max(SIZES) + 1),
     }
     params = [
         SamplingParams(temperature=settings.temperature, seed=settings.seed + i, max_tokens=settings.max_tokens)
