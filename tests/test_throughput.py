@@ -67,9 +67,9 @@ def test_a_report_is_written(tmp_path: Path) -> None:
 def test_every_round_asks_something_else() -> None:
     prompts = [[i] for i in range(100)]
     first, second = (_asks(settings(concurrency=(5,)), prompts, 5, turn) for turn in (0, 1))
-    assert len(first) == len(second) == 10
+    assert len(first) == len(second) == 20
     assert not {ask.prompt_token_ids[0] for ask in first} & {ask.prompt_token_ids[0] for ask in second}
-    assert len({ask.seed for ask in first + second}) == 20
+    assert len({ask.seed for ask in first + second}) == 40
 
 
 @pytest.mark.parametrize("http", [False, True], ids=["offline", "http"])
@@ -79,12 +79,12 @@ def test_measured(http: bool) -> None:
     prompts = [list(range(10 + i, 40 + i)) for i in range(8)]
     result = measure(chosen, prompts, variants(chosen))
     found = result["concurrency"]["3"]["trees"]
-    assert (found["identical"], found["answers"]) == (12, 12)
+    assert (found["identical"], found["answers"]) == (24, 24)
     assert found["tau"] > 1.0
     assert found["tokens_per_s"] > 0
     assert result["memory_mib"]["trees"] > 100
     assert (found["gap_ms"] is not None) == http
-    assert "12 of 12" in throughput_report.details(result)
+    assert "24 of 24" in throughput_report.details(result)
 
 
 def test_plain_vllm_is_always_there() -> None:

@@ -26,7 +26,7 @@ from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environm
 from vllm_eagle.bench.sustained import Answer, Ask
 
 PLAIN = "plain"
-_TURNS, _FEWEST = 2, 4  # answers per user in a round, and in all at least
+_FEWEST = 8  # answers in a round
 _SETTLE_S = 1.5  # after its last step a server of vLLM polls for a second, on a core that the next one needs
 
 
@@ -167,7 +167,8 @@ def _round(
 
 def _asks(settings: Settings, prompts: list[list[int]], number: int, turn: int) -> list[Ask]:
     """What so many users ask in a round; every round asks others, so that no prefix cache helps."""
-    count = max(_FEWEST, _TURNS * number)
+    # A few users ask four times, many about twice: the end of a round, when the first have no more to ask, should weigh little.
+    count = max(_FEWEST, min(4 * number, 2 * number + 16))
     numbers = range(turn * count, (turn + 1) * count)
     return [Ask(prompts[i % len(prompts)], settings.temperature, settings.seed + i, settings.max_tokens) for i in numbers]
 
