@@ -20,6 +20,7 @@ ALGORITHM = {
     "metrics",
     "budget",
     "native",
+    "ops",
 }
 MAY_IMPORT_VLLM = ("plugin.py", "llm.py", "demo.py", "doctor.py", "attention/", "engine/", "bench/", "serving/", "train/")
 

@@ -107,7 +107,7 @@ def new_impl(backend: Any, head_dim: int) -> Any:
     impl = backend.get_impl_cls().__new__(backend.get_impl_cls())
     impl.scale, impl.head_size, impl.kv_cache_dtype, impl.attn_type = head_dim**-0.5, head_dim, "auto", "decoder"
     impl.alibi_slopes, impl.sinks, impl.sliding_window, impl.logits_soft_cap = None, None, (-1, -1), None
-    impl.vllm_flash_attn_version = 3
+    impl.vllm_flash_attn_version, impl.fa4_hd256 = 3, False
     return impl
 
 
@@ -223,6 +223,8 @@ def test_a_cache_in_fp8_is_read_back_as_plain_decoding_would(backend: Any) -> No
         ({"sinks": torch.ones(1)}, "sinks"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "use auto or fp8"),
         ({"sliding_window": (15, 0)}, "TRITON_ATTN"),
+        ({"kv_cache_dtype": "fp8"}, "TRITON_ATTN"),
+        ({"fa4_hd256": True}, "TRITON_ATTN"),
     ],
 )
 def test_what_a_layer_cannot_do_is_said(backend: Any, changes: dict[str, Any], reason: str) -> None:
@@ -230,7 +232,7 @@ def test_what_a_layer_cannot_do_is_said(backend: Any, changes: dict[str, Any], r
     for name, x in changes.items():
         setattr(impl, name, x)
     reasons = "; ".join(impl.not_supported_reasons(100))
-    if backend.get_name() == "TRITON_ATTN" and "sliding_window" in changes:
+    if backend.get_name() == "TRITON_ATTN" and reason == "TRITON_ATTN":  # which can
         assert reasons == ""
     else:
         assert reason in reasons

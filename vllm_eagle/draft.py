@@ -99,6 +99,10 @@ class _Ranker:
         if logits.device.type == "cpu" and native.runs():
             values, tokens = torch.ops.vllm_eagle.best_children(logits, self._factors, scaled, num_children)
             return values, tokens
+        if logits.is_cuda:
+            from vllm_eagle.ops.best_children import best_children  # Triton: not installed beside vLLM's CPU wheel
+
+            return best_children(logits, self._factors, None if scaled is None else scaled.float(), num_children)
         ranking = logits.float() * self._factors[:, None, None]
         if scaled is not None:
             ranking = ranking + scaled[:, None]

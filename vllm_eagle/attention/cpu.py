@@ -120,9 +120,11 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         cpu_kernel.tree_attention(query, key, value, kv_cache, layout, attn_metadata.trees, self.scale, output)
         if attn_metadata.plain is not None:
             rows = attn_metadata.plain_rows
-            plain_output = torch.empty_like(output[rows])
-            super().forward(layer, query[rows], key[rows], value[rows], kv_cache, attn_metadata.plain, plain_output)
-            output[rows] = plain_output
+            assert rows is not None
+            plain_output = output.new_empty(len(rows), *output.shape[1:])
+            # Keys and values are in the cache already; from there it reads them.
+            super().forward(layer, query.index_select(0, rows), key, value, kv_cache, attn_metadata.plain, plain_output)
+            output.index_copy_(0, rows, plain_output)
         return output
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 | backend | tree rows run through | not for |
 | --- | --- | --- |
-| FLASH_ATTN | FlashAttention over the context, our kernel over the tree's own keys, vLLM's merge of the two | float32, windows |
+| FLASH_ATTN | FlashAttention over the context, our kernel over the tree's own keys, vLLM's merge | float32, windows, fp8 caches |
 | TRITON_ATTN | our kernel for both, in one launch where a context is short | per-token-head and 4-bit caches |
 | CUSTOM | xformers (xformers.py) | float32, windows, soft caps, fp8 caches, heads of other sizes than powers of two |
 
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.utils.torch_utils import async_tensor_h2d, canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -48,12 +48,23 @@ def register(vllm_config: VllmConfig) -> None:
     register_backend(AttentionBackendEnum.TRITON_ATTN, f"{__name__}.{TreeTritonAttentionBackend.__name__}")
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_eagle.attention.xformers.TreeXFormersBackend")
     if vllm_config.attention_config.backend is None:  # else support.py has made sure that it is one of these
-        in_float32 = vllm_config.model_config.dtype == torch.float32
-        name = "TRITON_ATTN" if in_float32 else "FLASH_ATTN"
+        name = "FLASH_ATTN" if _flash_attention_fits(vllm_config) else "TRITON_ATTN"
         vllm_config.attention_config.backend = AttentionBackendEnum[name]
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.attention_backend is None:  # vLLM would choose another one for the head
         speculative.attention_backend = vllm_config.attention_config.backend
+
+
+def _flash_attention_fits(vllm_config: VllmConfig) -> bool:
+    """Whether it can run here at all, and with tree rows."""
+    model, capability = vllm_config.model_config, current_platform.get_device_capability()
+    return (
+        capability is not None
+        and TreeFlashAttentionBackend.supports_compute_capability(capability)
+        and TreeFlashAttentionBackend.supports_dtype(model.dtype)
+        and TreeFlashAttentionBackend.supports_head_size(model.get_head_size())
+        and not is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+    )
 
 
 @dataclass
@@ -164,7 +175,7 @@ class TreeImpl:
         """As vLLM's; shapes as there."""
         if isinstance(attn_metadata, DraftLevels):
             own = attn_metadata.add(layer.layer_name, key, value)
-            self._attend(layer, query, *own, kv_cache, attn_metadata.rows, attn_metadata.longest_context, output)
+            self.attend(layer, query, *own, kv_cache, attn_metadata.rows, attn_metadata.longest_context, output)
             return output
         trees = None if attn_metadata is None else attn_metadata.trees
         if trees is None:
@@ -192,9 +203,9 @@ class TreeImpl:
         output: torch.Tensor,
     ) -> None:
         """Tree rows of a verification pass."""
-        self._attend(layer, query, key, value, kv_cache, metadata.trees, metadata.longest_context, output)
+        self.attend(layer, query, key, value, kv_cache, metadata.trees, metadata.longest_context, output)
 
-    def _attend(
+    def attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -294,6 +305,10 @@ class TreeFlashAttentionImpl(TreeImpl, FlashAttentionImpl):
         if 0 < self._window < max_model_len:
             # FlashAttention counts a window from the last row, as if rows were consecutive tokens.
             reasons.append(f"a sliding window of {self._window} tokens; set attention_backend to TRITON_ATTN")
+        if is_quantized_kv_cache(self.kv_cache_dtype):  # it wants the query quantized, too; tree rows want it as it is
+            reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} with FlashAttention; set attention_backend to TRITON_ATTN")
+        if self.fa4_hd256:
+            reasons.append("FlashAttention 4 with heads of 256 wants other pages; set attention_backend to TRITON_ATTN")
         return reasons
 
     def _verify(
@@ -319,7 +334,8 @@ class TreeFlashAttentionImpl(TreeImpl, FlashAttentionImpl):
         own, own_log_sums = own_attention(query, key, value, kv_cache, trees, self.scale, soft_cap)
         num_rows = metadata.num_actual_tokens
         pick = (lambda x: x[:num_rows]) if chosen is None else (lambda x: x[chosen])
-        keys, values = self._typed(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
+        parts = self._typed(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
+        keys, values = (canonicalize_singleton_dim_strides(x) for x in parts)
         descale = (len(trees.context_lens), key.shape[1])
         context, context_log_sums = flash_attn_varlen_func(
             q=pick(query),

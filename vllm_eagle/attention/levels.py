@@ -53,5 +53,7 @@ class DraftLevels:
         new = [x[: num_reqs * width].unflatten(0, (num_reqs, width)) for x in (key, value)]
         if layer_name in self._nodes:
             new = [torch.cat(pair, dim=1) for pair in zip(self._nodes[layer_name], new, strict=True)]
+        else:
+            new = [x.clone() for x in new]  # a CUDA graph's own memory is written anew by the next pass
         self._nodes[layer_name] = new[0], new[1]
         return new[0].flatten(0, 1), new[1].flatten(0, 1)

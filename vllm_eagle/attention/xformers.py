@@ -36,7 +36,7 @@ class TreeXFormersImpl(TreeImpl, FlashAttentionImpl):
             reasons.append(f"kv_cache_dtype={self.kv_cache_dtype}: xformers wants scales per token")
         return [f"{reason}; choose attention_backend TRITON_ATTN" for reason in reasons]
 
-    def _attend(
+    def attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -47,6 +47,7 @@ class TreeXFormersImpl(TreeImpl, FlashAttentionImpl):
         longest_context: int,
         output: torch.Tensor,
     ) -> None:
+        """Tree rows by xformers."""
         from vllm_eagle.ops.xformers_attention import tree_attention
 
         tree_attention(query, key, value, kv_cache, rows, self.scale, output, longest_context)

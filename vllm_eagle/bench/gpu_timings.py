@@ -14,6 +14,7 @@ import torch
 
 _HEADS = (32, 8, 128)  # of an 8B Llama: query heads, key heads, head dimension
 _CONTEXTS, _BATCHES, _NODES = (1024, 8192, 32768), (1, 8, 64), (1, 8, 16, 32, 64)
+_SLEEP_CYCLES = 2_000_000  # about a millisecond
 _WARM_UP, _LAUNCHES, _SETS_BYTES = 5, 30, 256 << 20
 _MOST_BYTES = 24 << 30  # of one set of keys and values; larger ones are left out
 
@@ -38,6 +39,7 @@ def microseconds(launches: Sequence[Callable[[], object]]) -> float:
     times = []
     for turn in range(max(_LAUNCHES, len(launches))):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_SLEEP_CYCLES)  # so that all is queued before the first of it runs: no launch is timed
         start.record()
         launches[turn % len(launches)]()
         end.record()

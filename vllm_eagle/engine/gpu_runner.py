@@ -39,31 +39,64 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_eagle.attention.rows import TreeRows
 from vllm_eagle.engine.proposer import BACKLOG_BYTES
 from vllm_eagle.engine.runner import EagleTreeRunner
 from vllm_eagle.verify import TreeBatch
 
-# What ranking a level holds per logit at the most: logits in 16 bits, filtered and scaled ones and their sum with noise in 32.
-_BYTES_PER_DRAFT_LOGIT = 16
+# What a level holds per logit at the most: logits in 16 bits, and filtering them two copies in 32.
+_BYTES_PER_DRAFT_LOGIT = 10
 
 
 class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
     """vLLM's V1 GPU model runner, verifying trees. Not run on a GPU yet."""
 
-    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then prepare compaction.
 
         Raises:
             ValueError: the caches' layout is none that it knows.
         """
-        super().initialize_kv_cache(*args, **kwargs)
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        if is_profiling:  # this cache is dropped again
+            return
         from vllm_eagle.ops.move_slots import Caches  # Triton: not installed beside vLLM's CPU wheel
 
+        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            planned = self.input_batch.block_table[gid].block_size
+            sizes = {self._layer(name).kv_cache.shape[2] for name in group.layer_names} - {planned}
+            if sizes:
+                raise ValueError(
+                    f"attention takes blocks of {sizes} tokens where block_size is {planned}: give --block-size so much"
+                )
         self._caches = {gid: Caches.of([layer.kv_cache for layer in layers]) for gid, layers in self._target_layers()}
+
+    def warm_up_kernels(self) -> None:
+        """Launch the kernels in the variants that steps will want, so that no request waits for their compilation."""
+        from vllm_eagle.ops.move_slots import move_accepted
+
+        one = torch.ones(1, dtype=torch.int64, device=self.device)
+        table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)  # vLLM's null block
+        for caches in self._caches.values():
+            move_accepted(caches, table, one, table)
+        for group in self.kv_cache_config.kv_cache_groups:
+            layer = self._layer(group.layer_names[0])
+            for num_rows in sorted({max(1, stacked * layer.num_kv_heads // layer.num_heads) for stacked in (16, 32, 64, 128)}):
+                visible = torch.ones(1, num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
+                rows = TreeRows(table, one, one - 1, one * num_rows, one - 1, one * num_rows, visible)
+                query = torch.zeros(num_rows, layer.num_heads, layer.head_size, dtype=self.dtype, device=self.device)
+                own = query[:, : layer.num_kv_heads]
+                for longest in (1, self.max_model_len):  # in one part, and in several
+                    layer.impl.attend(layer, query, own, own, layer.kv_cache, rows, longest, torch.empty_like(query))
+
+    def _layer(self, name: str) -> Attention:
+        return self.compilation_config.static_forward_context[name]
 
     def _move_accepted(self, batch: TreeBatch, paths: list[list[int]]) -> None:
         from vllm_eagle.ops.move_slots import move_accepted
@@ -92,7 +125,6 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
         logits = self.model.compute_logits(features) if self.lora_config is None else features.new_zeros(len(features), vocab_size)
         Sampler.greedy_sample(logits.to(torch.float32))
         sampled = super()._dummy_sampler_run(hidden_states)
-        level_rows = min(self.max_num_tokens, self.max_num_reqs * self.tree_config.level_width)
-        level = torch.empty(level_rows * vocab_size, _BYTES_PER_DRAFT_LOGIT, dtype=torch.uint8, device=self.device)
+        level = torch.empty(self.most_level_rows * vocab_size, _BYTES_PER_DRAFT_LOGIT, dtype=torch.uint8, device=self.device)
         del backlog, logits, level
         return sampled

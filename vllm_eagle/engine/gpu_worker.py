@@ -37,6 +37,7 @@ class EagleTreeGPUWorker(EagleTreeWorker, Worker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """As vLLM's, then measure what passes cost: only now are there CUDA graphs, in which most of them will run."""
         times = super().compile_or_warm_up_model()
+        self.model_runner.warm_up_kernels()
         self.model_runner.measure_costs()
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)  # as vLLM leaves it
         return times

@@ -23,6 +23,7 @@ from vllm_eagle.tree import DraftTree, depths_of
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
+_MOST_LEVEL_ROWS = 2048  # 256 requests of 8; where there are more, trees do not pay anyway
 _GREEDY_BELOW = 1e-5  # temperatures that vLLM treats as greedy
 
 
@@ -44,6 +45,11 @@ class DraftPlanning(GPUModelRunner):
     def most_nodes(self) -> int:
         """Nodes of all trees that one target pass can hold, roots included."""
         return min(self.max_num_tokens, self.max_num_reqs * (1 + self.tree_config.num_draft_tokens))
+
+    @property
+    def most_level_rows(self) -> int:
+        """Nodes of a level of all trees: it must fit vLLM's input buffers, and the level's logits must fit the memory."""
+        return min(self.max_num_tokens, _MOST_LEVEL_ROWS, self.max_num_reqs * self.tree_config.level_width)
 
     def measure_costs(self) -> None:
         """Find out what passes cost here, for the budget; takes seconds."""
@@ -116,7 +122,7 @@ class DraftPlanning(GPUModelRunner):
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
         requests: dict[int, Request] = {}
-        most_requests = self.max_num_tokens // self.tree_config.level_width  # a level must fit vLLM's input buffers
+        most_requests = self.most_level_rows // self.tree_config.level_width
         for row, req_id in enumerate(self.input_batch.req_ids):
             if self.discard_request_mask.np[row]:
                 continue

@@ -34,10 +34,11 @@ def _attend(query, key, value, seen, top, total, found, scale, soft_cap, CAP: tl
     return new_top, total, found
 
 
-@triton.jit
+# Not specialized on what changes from step to step: that would compile while requests wait.
+@triton.jit(do_not_specialize=["window", "tokens_per_split", "splits", "all_rows", "visible_tree", "visible_row", "table_row"])
 def _part(
     query, key, value, kv_cache, block_table, context_lens, first_rows, num_rows, first_keys, num_keys, visible,
-    output, log_sums,
+    output, log_sums, first_places,
     scale, key_scale, value_scale, soft_cap, window, tokens_per_split, splits, all_rows, all_heads,
     query_row, query_head, key_row, key_head, value_row, value_head,
     cache_block, cache_head, cache_slot, table_row, visible_tree, visible_row, output_row, output_head,
@@ -113,7 +114,7 @@ def _part(
     found = found / tl.where(total > 0, total, 1.0)[:, None]
     here = is_row[:, None] & is_dim[None, :]
     if SPLIT:
-        place = (split.to(tl.int64) * all_rows + own_row) * all_heads + head
+        place = (split.to(tl.int64) * all_rows + tl.load(first_places + tree) + row) * all_heads + head
         tl.store(output + place[:, None] * HEAD_DIM + dim[None, :], found, mask=here)
         tl.store(log_sums + place, tl.where(total > 0, top + tl.log2(total), float("-inf")), mask=is_row)
     else:
@@ -121,9 +122,9 @@ def _part(
         tl.store(output + places, found.to(output.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "all_rows"])
 def _merge(
-    parts, log_sums, output, first_rows, num_rows, splits, all_rows, all_heads, output_row, output_head,
+    parts, log_sums, output, first_places, first_rows, num_rows, splits, all_rows, all_heads, output_row, output_head,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     tree, row, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -132,7 +133,7 @@ def _merge(
     own_row = tl.load(first_rows + tree) + row
     split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     is_split, is_dim = split < splits, dim < HEAD_DIM
-    place = (split.to(tl.int64) * all_rows + own_row) * all_heads + head
+    place = (split.to(tl.int64) * all_rows + tl.load(first_places + tree) + row) * all_heads + head
     log_sum = tl.load(log_sums + place, mask=is_split, other=float("-inf"))
     weight = tl.exp2(log_sum - tl.max(log_sum, 0))
     weight = weight / tl.sum(weight, 0)
@@ -170,12 +171,14 @@ def tree_attention(
     tokens_per_split = triton.cdiv(triton.cdiv(max(longest_context, 1), num_splits), block_n) * block_n
     options = (scale, soft_cap, window, key_scale, value_scale)
     if num_splits == 1:
-        _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, tokens_per_split, 1)
+        _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, None, tokens_per_split, 1)
         return
-    parts, log_sums = _workspace(query, num_splits)
-    _launch(query, key, value, kv_cache, rows, rows.context_lens, options, parts, log_sums, tokens_per_split, num_splits)
+    # Room for the trees' rows alone: a prompt beside them may have thousands.
+    parts, log_sums = _workspace(query, num_splits, num_trees * max_rows)
+    places = torch.arange(num_trees, device=query.device) * max_rows
+    _launch(query, key, value, kv_cache, rows, rows.context_lens, options, parts, log_sums, places, tokens_per_split, num_splits)
     _merge[(num_trees, max_rows, query.shape[1])](
-        parts, log_sums, output, rows.first_rows, rows.num_rows, num_splits, *query.shape[:2], *output.stride()[:2],
+        parts, log_sums, output, places, rows.first_rows, rows.num_rows, num_splits, *parts.shape[1:3], *output.stride()[:2],
         HEAD_DIM=query.shape[2], BLOCK_D=triton.next_power_of_2(query.shape[2]), BLOCK_S=triton.next_power_of_2(num_splits),
         num_warps=2,
     )  # fmt: skip
@@ -194,22 +197,23 @@ def own_attention(
 
     Only the trees' rows are written.
     """
-    found, log_sums = _workspace(query, 1)
+    found, log_sums = _workspace(query, 1, len(query))
     if rows.visible.numel():
-        empty = torch.zeros_like(rows.context_lens)
-        _launch(query, key, value, kv_cache, rows, empty, (scale, soft_cap, 0, 1.0, 1.0), found, log_sums, 1, 1)
+        empty, options = torch.zeros_like(rows.context_lens), (scale, soft_cap, 0, 1.0, 1.0)
+        _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, rows.first_rows, 1, 1)
     return found[0], (log_sums[0] / _LOG2_E).t().contiguous()
 
 
-def _workspace(query: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = torch.empty(num_splits, *query.shape, dtype=torch.float32, device=query.device)
+def _workspace(query: torch.Tensor, num_splits: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = query.new_empty(num_splits, num_rows, *query.shape[1:], dtype=torch.float32)
     return parts, parts.new_empty(parts.shape[:-1])
 
 
 def _blocks(query: torch.Tensor, stacked: int) -> tuple[int, int]:
     """Rows and keys of a program at a time: as many rows as registers hold, so that keys are read once."""
-    wide = query.shape[2] > 128 or query.dtype == torch.float32
-    return min(max(triton.next_power_of_2(stacked), 16), 64 if wide else 128), 32 if wide else 64
+    wide, exact = query.shape[2] > 128, query.dtype == torch.float32
+    most = 32 if wide and exact else 64 if wide or exact else 128
+    return min(max(triton.next_power_of_2(stacked), 16), most), 32 if wide or exact else 64
 
 
 def _launch(
@@ -220,8 +224,9 @@ def _launch(
     rows: TreeRows,
     context_lens: torch.Tensor,
     options: tuple[float, float, int, float, float],  # scale, soft cap, window, scales of keys and values in the cache
-    output: torch.Tensor,  # the whole answer, or with `log_sums` the parts' [num_splits, num_tokens, num_heads, head_dim]
+    output: torch.Tensor,  # the whole answer, or with `log_sums` the parts' [num_splits, num_places, num_heads, head_dim]
     log_sums: torch.Tensor | None,
+    places: torch.Tensor | None,  # [num_trees] int64, first place of each tree in the parts
     tokens_per_split: int,
     num_splits: int,
 ) -> None:
@@ -234,12 +239,14 @@ def _launch(
     _part[(num_trees, key.shape[1], num_splits * triton.cdiv(max_rows * group, block_m))](
         query, key, value, kv_cache, rows.block_table, context_lens, rows.first_rows, rows.num_rows, rows.first_keys,
         rows.num_keys, visible, output, output if log_sums is None else log_sums,
-        scale, key_scale, value_scale, soft_cap, window, tokens_per_split, num_splits, query.shape[0], num_heads,
+        rows.first_rows if places is None else places,
+        scale, key_scale, value_scale, soft_cap, window, tokens_per_split, num_splits, output.shape[-3], num_heads,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],
         rows.block_table.stride(0), *visible.stride()[:2], *output.stride()[-3:-1],
         GROUP=group, HEAD_DIM=head_dim, PAGE=kv_cache.shape[2], BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_D=triton.next_power_of_2(head_dim), CAP=soft_cap > 0, WINDOW=window > 0, SPLIT=log_sums is not None,
-        SCALED=kv_cache.dtype.itemsize == 1, LOG2_E=_LOG2_E, num_warps=8 if block_m > 64 else 4, num_stages=2,
+        SCALED=kv_cache.dtype.itemsize == 1, LOG2_E=_LOG2_E,
+        num_warps=8 if block_m > 64 else 4, num_stages=1 if query.dtype == torch.float32 else 2,
     )  # fmt: skip
 
 

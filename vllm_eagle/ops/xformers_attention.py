@@ -8,7 +8,6 @@ its own, so the parts are called one by one. All trees are padded to the largest
 import torch
 from xformers.ops import fmha
 from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask, PagedBlockDiagonalPaddedKeysMask
-from xformers.ops.tree_attention import select_prefix_op
 
 from vllm_eagle.attention.rows import TreeRows
 
@@ -43,7 +42,7 @@ def tree_attention(
         *context,
         attn_bias=context_bias,
         scale=scale,
-        op=select_prefix_op(shape[0], groups, max_keys, False, context_bias, kv_cache.dtype),
+        op=fmha.triton_splitk.FwOp,  # the others take no blocks of 64, or are not in every build
     )
     prefix = prefix.view(shape)
     prefix_sums = prefix_sums.view(*shape[2:4], *shape[:2]).permute(2, 0, 1, 3)  # [num_trees, groups, heads per group, max_rows]
