@@ -246,6 +246,34 @@ def test_every_backend_has_the_interface_of_attention(backend: Any) -> None:
 
 
 @interpreted
+def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_eagle.engine.gpu_runner import EagleTreeGPUModelRunner
+    from vllm_eagle.ops import tree_attention
+    from vllm_eagle.ops.move_slots import Caches
+
+    cache = torch.zeros(2, 2, 16, 128, dtype=torch.float16)
+    layer = SimpleNamespace(num_heads=8, num_kv_heads=2, head_size=64, kv_cache=cache, impl=new_impl(backend, 64), **vars(LAYER))
+    runner = EagleTreeGPUModelRunner.__new__(EagleTreeGPUModelRunner)
+    runner.device, runner.dtype, runner.max_model_len = torch.device("cpu"), torch.float16, 4096
+    runner.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
+    runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
+    runner._caches = {0: Caches.of([cache])}
+    monkeypatch.setattr(tree_attention, "_multiprocessors", lambda device: 132)
+    launched = set()
+    launch = tree_attention._launch
+
+    def spy(*args: Any) -> None:
+        blocks, num_splits = tree_attention._blocks(args[0], args[4].visible.shape[1] * 4), args[-1]
+        launched.add((blocks[0], num_splits > 1))
+        launch(*args)
+
+    monkeypatch.setattr(tree_attention, "_launch", spy)
+    runner.warm_up_kernels()
+    assert launched == {(rows, split) for rows in (16, 32, 64, 128) for split in (False, True)}
+    assert not cache.any()
+
+
+@interpreted
 def test_flash_attention_takes_what_we_give_it() -> None:
     """Its wrapper cannot be imported without its CUDA library, so its source is read."""
     import vllm
