@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status. User errors are one line on stderr, status 2."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
     parser = argparse.ArgumentParser(prog="vllm-eagle", description="EAGLE draft trees for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -86,8 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--num-draft-tokens", type=int, default=16, help="most nodes per tree (default %(default)s)")
     bench.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     bench.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
-    bench.add_argument("--threads", type=int, help="OpenMP threads per engine (default: vLLM's choice)")
+    bench.add_argument("--threads", type=int, help="OpenMP threads per engine, on a CPU (default: vLLM's choice)")
     bench.add_argument("--medusa", help="Medusa heads for the target, as another variant")
+    bench.add_argument(
+        "--replay",
+        metavar="SHAPE",
+        help="a pair of random weights instead, 8b or tiny, whose acceptance is that of a recording; T=0",
+    )
     bench.add_argument("--enforce-eager", action="store_true", help="do not compile; starts sooner, runs slower")
     bench.add_argument("--http", action="store_true", help="through servers, with the load generator of `vllm bench serve`")
     bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
@@ -145,6 +151,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from vllm_eagle.bench.throughput import Settings, run
 
+    if args.replay is not None and (args.model, args.head) != (None, None):
+        raise ValueError("--replay makes its own target and head; remove --model and --head")
     args.model, args.head = _pair(args)
     args.concurrency = tuple(args.concurrency)
     return run(_fill(Settings, args), args.out)

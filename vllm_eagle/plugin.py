@@ -6,7 +6,8 @@ Three marked wraps, which change nothing unless draft trees are asked for:
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
 
-And one model class is added to vLLM's registry, for converted heads that ask for it by name: engine/biased_head.py.
+And model classes are added to vLLM's registry, for folders that ask for them by name: converted heads (engine/biased_head.py), and
+the pairs of `vllm-eagle bench --replay` (bench/replay_models.py).
 """
 
 import functools
@@ -17,15 +18,18 @@ from typing import Any
 from vllm_eagle.config import CONFIG_KEY
 from vllm_eagle.engine import devices
 from vllm_eagle.flags import HEAD_OPTIONS, add_flags, flag
-from vllm_eagle.heads.formats import BIASED_ARCHITECTURE
+from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, REPLAYED_ARCHITECTURES
 from vllm_eagle.per_request import RequestOptions
 from vllm_eagle.serve import SCHEDULER, speculative_settings
 
 _MARK = "_vllm_eagle_wraps"
+_MODELS = {BIASED_ARCHITECTURE: "vllm_eagle.engine.biased_head"} | dict.fromkeys(
+    REPLAYED_ARCHITECTURES, "vllm_eagle.bench.replay_models"
+)
 
 
 def register() -> None:
-    """Install the wraps and the model class once."""
+    """Install the wraps and the model classes once."""
     from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
@@ -33,8 +37,9 @@ def register() -> None:
     _wrap(EngineArgs, "add_cli_args", _with_flags)
     _wrap(EngineArgs, "create_engine_config", _with_trees)
     _wrap(SamplingParams, "_validate_spec_decode", _unless_trees)
-    if BIASED_ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(BIASED_ARCHITECTURE, f"vllm_eagle.engine.biased_head:{BIASED_ARCHITECTURE}")
+    for name, module in _MODELS.items():
+        if name not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(name, f"{module}:{name}")
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:

@@ -1,13 +1,14 @@
 """`vllm-eagle gpu-check`: every Triton kernel against its reference on fresh random inputs, then how fast it is on this GPU.
 
-Needs torch and triton, not vLLM; what is timed: gpu_timings.py. Without a GPU, `--interpret` runs the comparisons through Triton's
-interpreter on the CPU: slowly, and nothing is timed.
+Needs torch and triton; what is timed: gpu_timings.py. Where vLLM is installed, engines are checked and timed, too: gpu_vllm.py.
+Without a GPU, `--interpret` runs the comparisons through Triton's interpreter on the CPU: slowly, and nothing is timed.
 """
 
 import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sets of random inputs per comparison (default %(default)s)")
     parser.add_argument("--interpret", action="store_true", help="through Triton's interpreter on the CPU; nothing is timed")
     parser.add_argument("--no-timings", action="store_true", help="compare only")
+    parser.add_argument("--no-vllm", action="store_true", help="no engines, even if vLLM is installed")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, time, print a table and, last, one JSON line; 1 if a kernel disagrees with its reference."""
+    """Compare, time, print a table and, last, one JSON line; 1 if a kernel or an engine disagrees with its reference."""
     if args.seeds < 1:
         raise ValueError("--seeds must be at least 1")
     import torch
@@ -51,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
         from vllm_eagle.bench.gpu_timings import timings
 
         result["timings"] = timings(device)
+    if not args.interpret and not args.no_vllm and find_spec("vllm") is not None:
+        from vllm_eagle.bench import gpu_vllm
+
+        torch.cuda.empty_cache()  # the engines want it
+        result["vllm"] = gpu_vllm.check()
+        failed += gpu_vllm.failed(result["vllm"])
     if args.json is not None:
         args.json.write_text(json.dumps(result) + "\n")
     print(json.dumps(result))

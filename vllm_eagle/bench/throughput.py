@@ -5,6 +5,7 @@ requests in turn, so many at a time, in an order that changes from round to roun
 disturbs the machine for longer disturbs both sides. Answers are compared with plain vLLM's while timing.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from vllm_eagle.bench import sustained, throughput_report
 from vllm_eagle.bench.apart import engine_apart
 from vllm_eagle.bench.drafters import flags, ours, vllm_chain, vllm_medusa, vllm_ngram
 from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment
+from vllm_eagle.bench.replay import write_pair
 from vllm_eagle.bench.sustained import Answer, Ask
 
 PLAIN = "plain"
@@ -49,6 +51,7 @@ class Settings:
     medusa: str | None = None
     http: bool = False
     enforce_eager: bool = False
+    replay: str | None = None
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -76,12 +79,18 @@ def run(settings: Settings, out: Path | None) -> int:
         raise ValueError(f"--out {out}: is no folder; name another one")
     if min(settings.concurrency, default=0) < 1 or settings.rounds < 1 or settings.max_tokens < 2:
         raise ValueError("--concurrency and --rounds must be at least 1 and --max-tokens at least 2")
-    chosen = variants(settings)
+    if settings.replay is not None and (settings.temperature > 0 or settings.medusa is not None):
+        raise ValueError("--replay replays a greedy EAGLE head; remove --temperature and --medusa")
+    variants(settings)  # that --only is right
     if settings.threads is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     prepare_environment()
-    result = measure(settings, encode_prompts(settings.model, settings.prompts), chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.replay is not None:
+            target, head = write_pair(Path(folder), settings.replay)
+            settings = dataclasses.replace(settings, model=str(target), head=str(head))
+        result = measure(settings, encode_prompts(settings.model, settings.prompts), variants(settings))
     print(throughput_report.table(result))
     if out is not None:
         throughput_report.write(result, out)
@@ -91,6 +100,7 @@ def run(settings: Settings, out: Path | None) -> int:
 
 def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the JSON holds."""
+    import torch
     import vllm
 
     longest = max(map(len, prompts)) + settings.max_tokens + 1
@@ -99,11 +109,15 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "dtype": settings.dtype,
         "max_model_len": longest,
         "enforce_eager": settings.enforce_eager,
-        "kv_cache_memory_bytes": 1 << 30,
         "max_num_seqs": most,
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
         "max_num_batched_tokens": max(longest, most * max(map(len, prompts))) + 128 * most,
     }
+    if settings.replay is not None:
+        common["load_format"] = "dummy"
+    on_gpu = torch.cuda.is_available()
+    # A GPU is shared out among the engines, which all live at once; on a CPU each has its gigabyte.
+    common |= {"gpu_memory_utilization": 0.9 / len(chosen)} if on_gpu else {"kv_cache_memory_bytes": 1 << 30}
     with ExitStack() as stack:
         variants: dict[str, Answer] = {}
         memory: dict[str, Callable[[], int]] = {}
@@ -124,7 +138,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "settings": asdict(settings)
         | {"model": Path(settings.model).name, "head": Path(settings.head).name, "prompts": str(settings.prompts or "built in")},
         "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         "versions": {"vllm": vllm.__version__, "python": platform.python_version()},
     }
 
