@@ -28,8 +28,7 @@ class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata and, in a pass that verifies trees, how its rows divide."""
 
     trees: TreeRows | None = None  # of the requests that have one; None: no tree in this pass
-    plain: CPUAttentionMetadata | None = None  # the requests without a tree, as a batch of their own; None: there are none
-    plain_rows: torch.Tensor | None = None  # [num_plain_tokens] int64
+    plain: CPUAttentionMetadata | None = None  # of the whole batch, trees without their context; None: every request has a tree
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -69,31 +68,26 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             num_keys=num_rows,
             visible=torch.from_numpy(batch.ancestors),
         )
-        query_lens = metadata.query_start_loc.diff()
-        is_plain = torch.ones(len(query_lens), dtype=torch.bool)
-        is_plain[with_tree] = False
-        if is_plain.any():
-            metadata.plain_rows = torch.repeat_interleave(is_plain, query_lens).nonzero()[:, 0]
-            metadata.plain = super().build(0, _subset(metadata, is_plain, query_lens))
-
-
-def _subset(metadata: CPUAttentionMetadata, chosen: torch.Tensor, query_lens: torch.Tensor) -> CommonAttentionMetadata:
-    """The chosen requests of a batch as a batch of their own, as far as the CPU builder looks."""
-    lens = query_lens[chosen]
-    query_start_loc = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(torch.int32)
-    seq_lens = metadata.seq_lens[: len(chosen)][chosen]
-    return CommonAttentionMetadata(
-        query_start_loc=query_start_loc,
-        query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens,
-        num_reqs=len(lens),
-        num_actual_tokens=int(lens.sum()),
-        max_query_len=int(lens.max()),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=metadata.block_table[: len(chosen)][chosen],
-        slot_mapping=metadata.slot_mapping,
-        causal=metadata.causal,
-    )
+        num_reqs = len(metadata.query_start_loc) - 1
+        if len(with_tree) == num_reqs:
+            return
+        # vLLM's kernel wants its rows side by side, and copying them out and back costs more than what it makes of the trees' rows
+        # here: each sees those before it as if they were all of its request. These are overwritten.
+        seq_lens = metadata.seq_lens[:num_reqs].clone()
+        seq_lens[with_tree] = metadata.query_start_loc.diff()[with_tree]
+        without_contexts = CommonAttentionMetadata(
+            query_start_loc=metadata.query_start_loc,
+            query_start_loc_cpu=metadata.query_start_loc,
+            seq_lens=seq_lens,
+            num_reqs=num_reqs,
+            num_actual_tokens=metadata.num_actual_tokens,
+            max_query_len=metadata.max_query_len,
+            max_seq_len=metadata.max_seq_len,
+            block_table_tensor=metadata.block_table[:num_reqs],
+            slot_mapping=metadata.slot_mapping,
+            causal=metadata.causal,
+        )
+        metadata.plain = super().build(0, without_contexts)
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -116,15 +110,10 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             return self._draft(layer, query, key, value, kv_cache, attn_metadata, output)
         if attn_metadata is None or attn_metadata.trees is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if attn_metadata.plain is not None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata.plain, output)
         layout = self._layout(layer, kv_cache)
         cpu_kernel.tree_attention(query, key, value, kv_cache, layout, attn_metadata.trees, self.scale, output)
-        if attn_metadata.plain is not None:
-            rows = attn_metadata.plain_rows
-            assert rows is not None
-            plain_output = output.new_empty(len(rows), *output.shape[1:])
-            # Keys and values are in the cache already; from there it reads them.
-            super().forward(layer, query.index_select(0, rows), key, value, kv_cache, attn_metadata.plain, plain_output)
-            output.index_copy_(0, rows, plain_output)
         return output
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:

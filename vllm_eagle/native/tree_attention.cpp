@@ -65,19 +65,20 @@ void attend(Rows& rows, const Tile& tile, const bool* visible, int64_t stride, i
       }
       for (int64_t t = count; t < TILE; ++t) scores[r][t] = NEVER;
       float most = rows.most[first + r];
+#pragma omp simd reduction(max : most)
       for (int64_t t = 0; t < TILE; ++t) most = std::max(most, scores[r][t]);
       if (most == NEVER) {
         std::fill(scores[r], scores[r] + TILE, 0.0f);
         continue;
       }
-      const float shrink = std::exp(rows.most[first + r] - most);
-      float weight = 0.0f;
-#pragma omp simd reduction(+ : weight)
-      for (int64_t t = 0; t < TILE; ++t) {
-        scores[r][t] = exp_of(scores[r][t] - most);
-        weight += scores[r][t];
-      }
-      rows.weights[first + r] = rows.weights[first + r] * shrink + weight;
+      const float shrink = exp_of(rows.most[first + r] - most);
+#pragma omp simd
+      for (int64_t t = 0; t < TILE; ++t) scores[r][t] = exp_of(scores[r][t] - most);
+      float halves[TILE / 2];  // added in pairs: one after the other they would wait for each other
+      for (int64_t t = 0; t < TILE / 2; ++t) halves[t] = scores[r][t] + scores[r][t + TILE / 2];
+      for (int64_t step = TILE / 4; step > 0; step /= 2)
+        for (int64_t t = 0; t < step; ++t) halves[t] += halves[t + step];
+      rows.weights[first + r] = rows.weights[first + r] * shrink + halves[0];
       rows.most[first + r] = most;
       if (shrink != 1.0f) {
         float* sum = &rows.sums[(first + r) * width];
@@ -167,6 +168,11 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
   }
   first_parts.push_back(static_cast<int64_t>(parts.size()));
 
+  const auto write = [&](int64_t i, int64_t head, int64_t r, const float* sum, float weight) {
+    T* to = out + (row_starts[i] + r / group) * output.stride(0) + (head * group + r % group) * output.stride(1);
+    for (int64_t c = 0; c < head_dim; ++c) to[c] = static_cast<T>(sum[c] / weight);
+  };
+
   std::vector<Rows> gathered(parts.size() * num_kv_heads, Rows(0, width));
   at::parallel_for(0, static_cast<int64_t>(gathered.size()), 1, [&](int64_t begin, int64_t end) {
     Tile tile(width);
@@ -199,13 +205,20 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
         }
         attend(rows, tile, masks + i * visible.stride(0) + at, visible.stride(1), group);
       }
+      if (part.start == 0)
+        for (int64_t r = 0; r < row_counts[i] * group; ++r) write(i, head, r, &rows.sums[r * width], rows.weights[r]);
     }
   });
 
-  at::parallel_for(0, num_trees * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+  // Few trees have more than one part; the others are done.
+  std::vector<int64_t> cut;
+  for (int64_t i = 0; i < num_trees; ++i)
+    if (first_parts[i + 1] - first_parts[i] > 1) cut.push_back(i);
+  if (cut.empty()) return;
+  at::parallel_for(0, static_cast<int64_t>(cut.size()) * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(width);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / num_kv_heads, head = item % num_kv_heads;
+      const int64_t i = cut[item / num_kv_heads], head = item % num_kv_heads;
       for (int64_t r = 0; r < row_counts[i] * group; ++r) {
         float most = NEVER, weight = 0.0f;
         for (int64_t p = first_parts[i]; p < first_parts[i + 1]; ++p) most = std::max(most, gathered[p * num_kv_heads + head].most[r]);
@@ -216,8 +229,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
           weight += share * rows.weights[r];
           for (int64_t c = 0; c < head_dim; ++c) sum[c] += share * rows.sums[r * width + c];
         }
-        T* to = out + (row_starts[i] + r / group) * output.stride(0) + (head * group + r % group) * output.stride(1);
-        for (int64_t c = 0; c < head_dim; ++c) to[c] = static_cast<T>(sum[c] / weight);
+        write(i, head, r, sum.data(), weight);
       }
     }
   });
