@@ -5,7 +5,6 @@ requests in turn, so many at a time, in an order that changes from round to roun
 disturbs the machine for longer disturbs both sides. Answers are compared with plain vLLM's while timing.
 """
 
-import dataclasses
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def run(settings: Settings, out: Path | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if settings.replay is not None:
             target, head = write_pair(Path(folder), settings.replay)
-            settings = dataclasses.replace(settings, model=str(target), head=str(head))
+            settings = replace(settings, model=str(target), head=str(head))
         result = measure(settings, encode_prompts(settings.model, settings.prompts), variants(settings))
     print(throughput_report.table(result))
     if out is not None:
