@@ -1,5 +1,6 @@
 """The budget: against exhaustive search, and that it stops where speculation does not pay."""
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_as_good_as_exhaustive_search(factors: list[list[float]], steps: list[fl
 
 def budget(target: CostCurve, head: CostCurve, steps: int = 300, requests: int = 4) -> Budget:
     """One that has seen trees of a good head for a while."""
-    made = Budget(target, head, num_draft_tokens=16, depth_limit=8)
+    made = Budget(copy.deepcopy(target), copy.deepcopy(head), num_draft_tokens=16, depth_limit=8)  # it corrects them
     for _ in range(steps):
         scores, depths = tree()
         made.keep([scores] * requests, [depths] * requests, 8, requests)
@@ -199,8 +200,8 @@ def test_a_level_that_cannot_pay_is_not_drafted() -> None:
 def test_levels_that_rarely_run_cost_little() -> None:
     often, rarely = (budget(FLAT, CostCurve([1, 64], [0.002, 0.002])) for _ in range(2))
     for _ in range(300):
-        often.saw_drafting(0.002, 0.014, 1, [1] * 7, 8)
-        rarely.saw_drafting(0.002, 0.002, 1, [1], 8)
+        often.saw_drafting(0.002, 4, 0.014, 1, [1] * 7, 8)
+        rarely.saw_drafting(0.002, 4, 0.002, 1, [1], 8)
     assert rarely.rates(1)[8] > 1.1 * often.rates(1)[8]
 
 
@@ -228,6 +229,7 @@ def test_it_looks_again_less_and_less_often_and_sees_a_change() -> None:
     probes = np.flatnonzero(depths)
     assert 4 <= len(probes) <= 12
     assert (np.diff(np.diff(probes)) >= 0).all()
+    assert all(plan.most_requests == 2 for plan in (made.plan(16) for _ in range(2000)) if plan.depth)
     made.target = FLAT
     assert settled(made, 4).depth == 8
 
@@ -241,10 +243,10 @@ def test_no_trees() -> None:
 def test_costs_of_drafting_and_of_the_gap_are_followed() -> None:
     made = budget(FLAT, CHEAP_HEAD)
     for _ in range(300):
-        made.saw_drafting(0.01, 0.07, 1, [4] * 7, 8)
+        made.saw_drafting(0.01, 4, 0.07, 1, [4] * 7, 8)
         made.saw_gap(0.005)
     assert float(made.head(np.array([4] * 7)).sum()) == pytest.approx(0.07, rel=0.1)
-    assert made.first_s == pytest.approx(0.01, rel=0.05)
+    assert made.first_s + float(made.head(np.array(4))) == pytest.approx(0.01, rel=0.05)
     assert made.outside_s == pytest.approx(0.005, rel=0.05)
     assert made.plan(1).depth < 8
 
@@ -253,11 +255,11 @@ def test_what_is_spent_anyway_makes_no_level_dearer() -> None:
     """A slow beginning tells for no drafting or for more of it, not for fewer levels."""
     quick, slow = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)
     for _ in range(100):
-        quick.saw_drafting(0.0001, 0.014, 1, [4] * 7, 8)
-        slow.saw_drafting(0.003, 0.014, 1, [4] * 7, 8)
+        quick.saw_drafting(0.0001, 4, 0.014, 1, [4] * 7, 8)
+        slow.saw_drafting(0.003, 4, 0.014, 1, [4] * 7, 8)
     assert settled(slow).depth >= settled(quick).depth > 0
     for _ in range(100):
-        slow.saw_drafting(0.1, 0.014, 1, [4] * 7, 8)
+        slow.saw_drafting(0.1, 4, 0.014, 1, [4] * 7, 8)
     assert settled(slow).depth == 0
 
 
@@ -267,8 +269,65 @@ def test_what_every_pass_costs_is_shared_by_more_tokens() -> None:
     assert made.plan(4).depth == 0
     for _ in range(60):
         for tokens in (4, 20):
-            made.saw_pass(float(LINEAR(np.array(tokens))) + 1.0, tokens)
+            made.saw_pass(float(LINEAR(np.array(tokens))) + 1.0, tokens, has_drafts=tokens > 4)
     assert settled(made, 4).depth > 0
+
+
+def test_what_passes_with_drafts_cost_besides_tells_against_drafting() -> None:
+    """Their attention and the walk; it cannot be measured before there are drafts."""
+    made = budget(FLAT, CHEAP_HEAD)
+    assert settled(made).depth > 0
+    for _ in range(60):
+        made.saw_pass(0.02, 4, has_drafts=False)
+        made.saw_pass(0.12, 16, has_drafts=True)
+    assert made.drafts_s == pytest.approx(0.1, rel=0.1)
+    assert float(made.target(np.array(4))) == pytest.approx(0.02, rel=0.1)
+    assert settled(made).depth == 0
+
+
+def test_a_machine_that_becomes_slower_does_not_tell_against_drafting() -> None:
+    """Where all passes have drafts, nothing says that drafts are to blame."""
+    made = budget(FLAT, CHEAP_HEAD)
+    made.saw_pass(0.02, 4, has_drafts=False)
+    for _ in range(300):
+        made.saw_pass(0.02, 16, has_drafts=True)
+    for _ in range(300):
+        made.saw_pass(0.06, 16, has_drafts=True)
+    assert made.drafts_s < 0.003
+    assert settled(made).depth > 0
+
+
+def test_where_gains_are_small_what_was_begun_goes_on_and_what_was_not_does_not_begin() -> None:
+    began, did_not = (budget(FLAT, CHEAP_HEAD, steps=0) for _ in range(2))
+    gain = 1.045  # tokens a pass may take longer for, with drafts; the head costs next to nothing
+    for made in (began, did_not):
+        for _ in range(300):
+            scores = np.log(np.full(1, gain - 1))
+            made.calibration.update(np.repeat(scores, 100), np.arange(100) < 100 * (gain - 1))
+            made.keep([scores], [np.ones(1, np.int64)], 8, 1)
+    assert settled(did_not).depth == 0
+    began._best, began._best_for = Plan(1), 1
+    assert any(began.plan(1).depth for _ in range(8))
+
+
+def test_small_gains_are_compared_with_plain_decoding_in_turns() -> None:
+    made = budget(CostCurve([1, 16], [0.02, 0.02 * 16]), CHEAP_HEAD)
+    made.target = CostCurve([1, 2, 16], [0.02, 0.033, 0.02 * 20])  # the second token costs 0.65 of the first and yields 0.8
+    depths = [made.plan(1).depth for _ in range(100)]
+    first = next(i for i, depth in enumerate(depths) if depth)
+    assert 1.03 < made.rates(1).max() / made.rates(1)[0] < 1.15
+    assert depths[first : first + 20].count(0) == 10
+    assert depths[-32:].count(0) == 2
+    assert 0 not in [budget(FLAT, CHEAP_HEAD).plan(1).depth for _ in range(100)]
+
+
+def test_catching_up_must_pay_back_soon() -> None:
+    """Where much is gained, or the head's passes cost nothing, whatever was missed is caught up with."""
+    dear = budget(FLAT, CostCurve([1, 64], [1e-4, 6.4e-3]))
+    much, little = dear.plan(1).most_missed, budget(CostCurve([1, 16], [0.02, 0.14]), dear.head).plan(1).most_missed
+    assert 1000 < much < 50_000
+    assert little < much / 2
+    assert budget(FLAT, CostCurve([1, 64], [1e-4, 1e-4])).plan(1).most_missed > 1e6
 
 
 def test_same_numbers_same_decisions() -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _STEP = 0.05  # how fast a cost follows what is measured
-_FAST_STEP = 0.2  # ... and what all passes have in common, which every pass tells
+_FAST_STEP = 0.1  # ... and what all passes have in common, which every pass tells; the first ones count more
+_FIRST = 5  # the first one moves it by one part in so many
 _OUTLIER = 2.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
 
 
@@ -32,7 +33,7 @@ class CostCurve:
         """
         self._tokens = np.asarray(tokens, np.float64)
         self._seconds = np.asarray(seconds, np.float64)
-        self._offset_s = 0.0
+        self._offset_s, self._corrections = 0.0, 0
         if len(self._tokens) == 0 or len(self._tokens) != len(self._seconds):
             raise ValueError(f"a cost curve needs as many times as numbers of tokens, got {len(tokens)} and {len(seconds)}")
         if (np.diff(self._tokens) <= 0).any() or (self._seconds <= 0).any():
@@ -57,8 +58,8 @@ class CostCurve:
         slope = (seconds[-1] - seconds[-2]) / (self._tokens[-1] - self._tokens[-2])
         return inside + np.maximum(tokens - self._tokens[-1], 0.0) * slope
 
-    def correct(self, tokens: int, seconds: float) -> None:
-        """A pass over `tokens` took `seconds`: move the offset and the two points around it that way."""
+    def correct(self, tokens: int, seconds: float, common: float = 1.0) -> None:
+        """A pass over `tokens` took `seconds`: move the two points around it that way, and the offset by the `common` share."""
         if seconds <= 0:
             return  # the clock was set back
         expected = float(self(np.array(tokens)))
@@ -70,7 +71,9 @@ class CostCurve:
         for point, weight in ((left, 1 - share), (right, share)):
             self._seconds[point] *= 1 + _STEP * weight * (ratio - 1)
         error_s = expected * (ratio - 1)
-        self._offset_s = max(0.0, self._offset_s + _FAST_STEP * error_s)
+        step = max(_FAST_STEP, 1 / (_FIRST + self._corrections))
+        self._corrections += 1
+        self._offset_s = max(-0.5 * self._seconds[0], self._offset_s + step * common * error_s)
 
 
 class Calibration:
@@ -116,7 +119,9 @@ class Calibration:
         return known * np.exp(np.minimum(scores - self._centers[0], 0.0))
 
 
-def best_number(probabilities: np.ndarray, num_requests: int, cost: CostCurve, drafting_s: float = 0.0) -> tuple[int, float]:
+def best_number(
+    probabilities: np.ndarray, num_requests: int, cost: CostCurve, drafting_s: float = 0.0, drafts_s: float = 0.0
+) -> tuple[int, float]:
     """How many nodes to verify, and the tokens per second to expect then.
 
     Args:
@@ -124,10 +129,11 @@ def best_number(probabilities: np.ndarray, num_requests: int, cost: CostCurve, d
         num_requests: in the pass; each has one token that is no draft and emits one more than it accepts.
         cost: seconds of a target pass.
         drafting_s: what drafting cost; it is spent whatever is verified.
+        drafts_s: what a pass with any draft takes besides.
     """
     num_nodes = np.arange(len(probabilities) + 1)
     expected = num_requests + np.concatenate([[0.0], np.cumsum(probabilities)])
-    rates = expected / (cost(num_requests + num_nodes) + drafting_s)
+    rates = expected / (cost(num_requests + num_nodes) + drafting_s + drafts_s * (num_nodes > 0))
     best = int(rates.argmax())
     return best, float(rates[best])
 
@@ -137,6 +143,8 @@ class Plan:
     """What to draft in a step."""
 
     depth: int  # most levels; 0 is plain decoding
+    most_requests: int | None = None  # that get a tree; None: all
+    most_missed: float = float("inf")  # tokens of a request that the head has not seen; those with more get no tree
     node_floor: float = float("-inf")  # children of nodes with no higher score are not worth their place in the target's pass
     node_price: float = 0.0  # tokens that could be made in the time of a node's place in the target's pass ...
     level_price: float = 0.0  # ... and in that of the head's pass over another level of all requests
@@ -146,25 +154,38 @@ class Budget:
     """Decides for one engine. `plan` says what to draft before a step is drafted, `keep` what of it to verify."""
 
     _FADE = 0.05  # how fast the profile follows the last trees
+    _PER_NODE = 4
     _LOOK_EVERY = 4  # steps between two looks at costs and profile, while the number of requests stays the same
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
     _PROBE_LEVELS = 2  # deeper than what is chosen
-    _MARGIN = 1.05  # drafting must promise so much more than plain decoding; below it noise decides, and prompts in the passes
+    _PROBE_SHARE = 8  # where nothing is drafted, one request in so many is looked at: a tree teaches as much, and costs less
+    # Drafting must promise so much more than plain decoding; below it noise decides, and prompts in the passes. To begin costs the
+    # head's pass over all that it has missed.
+    _BEGIN_AT, _STAY_AT = 1.06, 1.03
+    # Below this gain plain decoding is looked at, too: in turns with drafting at first, then every so many steps.
+    _SMALL_GAIN, _TRIAL, _PLAIN_EVERY = 1.15, 32, 16
+    _PAYS_BACK_IN = 64  # steps, after which it must have paid that the head has caught up with a request
+    _FRESH = 16.0  # passes with drafts since the last one without, after which half of what is unexpected is due to the machine
 
     def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
         self.target, self.head = target, head
         self.calibration = Calibration()
-        self.first_s = float(head(np.array(1)))  # of drafting, what is spent however few levels are drafted
+        self.first_s = 0.0  # of drafting, what is spent beside the head's passes, however few levels are drafted
+        self.drafts_s = 0.0  # what a target pass takes longer than one of as many tokens without drafts: their attention, the walk
         self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
         self._depth_limit = depth_limit
-        # [depth - 1, i] mean probability of a request's i-th best node among those not deeper than `depth`. Hopeful at first.
-        hopeful = 0.7 ** np.arange(1, num_draft_tokens + 1)
-        self._profile = np.stack([np.where(np.arange(num_draft_tokens) < 2 * d, hopeful, 0.0) for d in range(1, depth_limit + 1)])
+        # [depth - 1, i] probability of the i-th best nodes of all requests together, among those not deeper than `depth`, a cell for
+        # every _PER_NODE-th part of a node per request. Hopeful at first.
+        cells = np.arange(num_draft_tokens).repeat(self._PER_NODE)
+        self._profile = np.stack([np.where(cells < 2 * depth, 0.7 ** (cells + 1.0), 0.0) for depth in range(1, depth_limit + 1)])
         self._seen = np.zeros(depth_limit)  # [depth - 1] how often trees of that depth were seen
         self._deepest = np.zeros(depth_limit)  # [depth - 1] mean probability of a request's best node of exactly this depth
         self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth
         self._runs = np.ones(depth_limit)  # [depth] how often there is such a pass where drafting may go so deep
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
+        self._passes_since_plain = 0
+        self._gain = 1.0  # how many times plain decoding's tokens per second drafting promises
+        self._spell = 0  # steps since drafting began to pay
         self._last = 0
         self._steps, self._best, self._best_for = 0, Plan(0), 0
 
@@ -174,6 +195,10 @@ class Budget:
             self._best, self._best_for = self._best_plan(num_requests), num_requests
         self._steps += 1
         best = self._best.depth
+        self._spell = self._spell + 1 if best else 0
+        every = 2 if self._spell < self._TRIAL else self._PLAIN_EVERY
+        if best and self._gain < self._SMALL_GAIN and self._spell % every == 1:
+            return Plan(0)
         self._steps_since_probe += 1
         if best == self._depth_limit:
             self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
@@ -181,18 +206,23 @@ class Budget:
             # What was learned again and again is asked less and less often.
             self._probe_every = min(2 * self._probe_every, self._PROBE_AT_MOST) if best == self._last else self._PROBE_EVERY
             self._steps_since_probe, self._last = 0, best
-            return Plan(min(best + self._PROBE_LEVELS, self._depth_limit))
+            some = None if best else -(-num_requests // self._PROBE_SHARE)
+            return Plan(min(best + self._PROBE_LEVELS, self._depth_limit), some)
         return self._best
 
     def _best_plan(self, num_requests: int) -> Plan:
         rates, numbers = self._outlook(num_requests)
         best = int(rates.argmax())
-        if rates[best] < self._MARGIN * rates[0]:
+        self._gain = float(rates[best] / rates[0])
+        if rates[best] < (self._STAY_AT if self._best.depth else self._BEGIN_AT) * rates[0]:
             return Plan(0)
-        tokens = num_requests * (1 + numbers[best])
+        head_token_s = float(np.diff(self.head(num_requests * np.array([1.0, 1.0 + self._PAYS_BACK_IN])))[0]) / self._PAYS_BACK_IN
+        gained_s = (self._gain - 1) * num_requests / float(rates[best])  # by a step
+        most_missed = self._PAYS_BACK_IN * gained_s / max(head_token_s, 1e-12)
+        tokens = num_requests * (1 + float(numbers[best]))
         row_s = float(np.diff(self.target(np.array([tokens - num_requests, tokens])))[0]) / num_requests
         node_price, level_price = float(rates[best]) * row_s, float(rates[best] * self.head(np.array(num_requests)))
-        return Plan(best, self.calibration.score_of(node_price), node_price, level_price)
+        return Plan(best, None, most_missed, self.calibration.score_of(node_price), node_price, level_price)
 
     def pays(self, plan: Plan, scores: np.ndarray) -> bool:
         """Whether another level may pay after one with these scores: a child is at most as probable as its parent."""
@@ -204,12 +234,14 @@ class Budget:
 
     def _outlook(self, num_requests: int) -> tuple[np.ndarray, np.ndarray]:
         """`rates`, and the best numbers of nodes per request."""
-        drafting_s = self._drafting_s(num_requests)
-        nodes = np.arange(self._profile.shape[1] + 1)
-        seconds = self.target(num_requests * (1 + nodes)) + self.outside_s
-        expected = num_requests * (1 + np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1)], 1))
-        drafted = expected / (seconds + drafting_s[:, None])
-        return np.append(num_requests / seconds[0], drafted.max(1)), np.append(0, drafted.argmax(1))
+        levels_s = self._levels_s(num_requests)
+        nodes = np.arange(self._profile.shape[1] + 1) / self._PER_NODE
+        seconds = self.target(num_requests * (1 + nodes)) + self.outside_s + self.drafts_s * (nodes > 0)
+        accepted = np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1) / self._PER_NODE], 1)
+        expected = num_requests * (1 + accepted)
+        # The head runs over what the target commits before it drafts.
+        drafted = expected / (seconds + self.first_s + self.head(expected) + levels_s[:, None])
+        return np.append(num_requests / seconds[0], drafted.max(1)), np.append(0.0, nodes[drafted.argmax(1)])
 
     def keep(self, scores: Sequence[np.ndarray], depths: Sequence[np.ndarray], drafted_depth: int, num_requests: int) -> list[int]:
         """How many nodes of each tree to verify.
@@ -233,20 +265,33 @@ class Budget:
         # A stable sort keeps a parent ahead of a child that is as probable.
         order = np.argsort(-probabilities, axis=None, kind="stable")
         order = order[np.isfinite(padded).ravel()[order]]
-        drafting_s = float(self._drafting_s(num_requests)[drafted_depth - 1])
-        number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, drafting_s + self.outside_s)
+        spent_s = self.outside_s + self.first_s + float(self.head(np.array(num_requests)) + self._levels_s(num_requests)[drafted_depth - 1])
+        number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, spent_s, self.drafts_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
 
-    def saw_pass(self, seconds: float, num_tokens: int) -> None:
+    def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
         """A target pass over so many tokens, without prompts, took `seconds`."""
-        self.target.correct(num_tokens, seconds)
+        if not has_drafts:
+            self._passes_since_plain = 0
+            self.target.correct(num_tokens, seconds)
+            return
+        # Right after passes without drafts, what was not expected is due to the drafts; long after, to the machine.
+        fresh = 0.5 ** (self._passes_since_plain / self._FRESH)
+        self._passes_since_plain += 1
+        pass_s = float(self.target(np.array(num_tokens)))
+        error_s = float(np.clip(seconds, (pass_s + self.drafts_s) / _OUTLIER, (pass_s + self.drafts_s) * _OUTLIER)) - pass_s
+        self.target.correct(num_tokens, seconds - self.drafts_s, 1 - fresh)
+        self.drafts_s += _FAST_STEP * fresh * (error_s - self.drafts_s)
 
-    def saw_drafting(self, first_s: float, levels_s: float, num_requests: int, rows: Sequence[int], depth: int) -> None:
-        """Drafting took `first_s` up to the first level, the head's pass over committed tokens included, then `levels_s`,
-        in which the head ran over `rows` tokens, level by level; `depth` levels were allowed.
+    def saw_drafting(
+        self, first_s: float, first_rows: int, levels_s: float, num_requests: int, rows: Sequence[int], depth: int
+    ) -> None:
+        """Drafting for some requests took `first_s` up to the first level, in which the head ran over `first_rows` committed tokens,
+        then `levels_s`, in which it ran over `rows` nodes, level by level; `depth` levels were allowed.
         """
-        self.first_s += _FAST_STEP * (min(max(first_s, 0.0), _OUTLIER * self.first_s) - self.first_s)
+        head_s = float(self.head(np.array(first_rows)))
+        self.first_s += _FAST_STEP * (min(max(first_s - head_s, 0.0), _OUTLIER * (self.first_s + head_s)) - self.first_s)
         self._runs[1:depth] += self._FADE * ((np.arange(1, depth) <= len(rows)) - self._runs[1:depth])
         if not rows or levels_s <= 0:
             return
@@ -256,20 +301,25 @@ class Budget:
         levels = min(len(rows), self._depth_limit - 1)
         self._rows[1 : levels + 1] += self._FADE * (np.array(rows[:levels]) / num_requests - self._rows[1 : levels + 1])
 
-    def _drafting_s(self, num_requests: int) -> np.ndarray:
-        """Seconds of drafting 1, 2, ... levels: [depth_limit]. The first one comes out of the pass over committed tokens."""
+    def _levels_s(self, num_requests: int) -> np.ndarray:
+        """Seconds of the head's passes over levels, where 1, 2, ... are drafted: [depth_limit]. The first one needs none."""
         runs = np.minimum.accumulate(self._runs)[1:]  # no level without the one above
-        return self.first_s + np.append(0.0, (runs * self.head(num_requests * self._rows[1:])).cumsum())
+        return np.append(0.0, (runs * self.head(num_requests * self._rows[1:])).cumsum())
 
     def saw_gap(self, seconds: float) -> None:
         """Between the end of a step and the start of the next one lay `seconds`."""
         self.outside_s += self._FADE * (min(seconds, _OUTLIER * max(self.outside_s, 1e-3)) - self.outside_s)
 
     def _learn(self, probabilities: np.ndarray, levels: np.ndarray, drafted_depth: int) -> None:
-        nodes, few = self._profile.shape[1], slice(drafted_depth)
+        few, num_trees = slice(drafted_depth), len(probabilities)
         depths = np.arange(1, drafted_depth + 1)[:, None, None]
-        best = -np.sort(-np.where(levels <= depths, probabilities, 0.0), axis=2)[..., :nodes].mean(1)
-        best = np.pad(best, ((0, 0), (0, nodes - best.shape[1])))
+        pooled = -np.sort(-np.where(levels <= depths, probabilities, 0.0).reshape(drafted_depth, -1), axis=1)
+        summed = np.pad(pooled.cumsum(1), ((0, 0), (1, 1)), mode="constant")
+        summed[:, -1] = summed[:, -2]
+        places = np.minimum(np.arange(self._profile.shape[1] + 1) * num_trees / self._PER_NODE, pooled.shape[1])
+        whole = places.astype(np.int64)
+        accepted = summed[:, whole] + (places - whole) * (summed[:, whole + 1] - summed[:, whole])
+        best = np.diff(accepted, axis=1) * self._PER_NODE / num_trees
         deepest = np.where(levels == depths, probabilities, 0.0).max(2).mean(1)
         fade = np.maximum(self._FADE, 1 / (1 + self._seen[few]))  # the first ones count in full
         self._profile[few] += fade[:, None] * (best - self._profile[few])
@@ -285,5 +335,5 @@ class Budget:
             factor = self._deepest[drafted - 1] / max(before, 1e-9)
             for depth in range(drafted, self._depth_limit):
                 node = self._deepest[drafted - 1] * factor ** (depth - drafted + 1)
-                profile[depth] = -np.sort(-np.append(profile[depth - 1], node))[:-1]
+                profile[depth] = -np.sort(-np.append(profile[depth - 1], [node] * self._PER_NODE))[: -self._PER_NODE]
         return np.maximum.accumulate(profile, axis=0)  # one level more is never worse

@@ -20,6 +20,7 @@ from vllm_eagle.tree import node_depths
 
 RECORDED = Path(__file__).with_name("results") / "trees.json"
 _STEPS, _FEWEST_STEPS, _TREES = 1400, 80, 40_000  # steps of a run, and trees, which make runs of many requests shorter
+_LENGTH = 256  # of an answer, in tokens
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)  # of fixed trees
 
 
@@ -79,20 +80,44 @@ def roofline(
 
 
 def with_budget(
-    trees: Sequence[Recorded], target: CostCurve, head: CostCurve, num_requests: int, num_draft_tokens: int, depth_limit: int
+    trees: Sequence[Recorded],
+    target: CostCurve,
+    head: CostCurve,
+    num_requests: int,
+    num_draft_tokens: int,
+    depth_limit: int,
+    hidden_s: float = 0.0,
+    noise: float = 0.0,
 ) -> dict[str, float]:
-    """Tokens per second, nodes per request and levels, after the budget has learned."""
+    """Tokens per second, nodes per request and levels, after the budget has learned.
+
+    Args:
+        trees: what is drafted, and what becomes of it.
+        target: seconds of its passes; the budget knows them.
+        head: likewise.
+        num_requests: in every step.
+        num_draft_tokens: most nodes of a request.
+        depth_limit: most levels.
+        hidden_s: what a pass with drafts takes besides; the budget has to find out.
+        noise: standard deviation of the logarithm of what passes take, as the budget sees it.
+    """
     # Its own curves: it corrects them.
     budget = Budget(_copy(target), _copy(head), num_draft_tokens, depth_limit)
     steps = max(_FEWEST_STEPS, min(_STEPS, _TREES // num_requests))
-    order = np.random.default_rng(0).permutation(len(trees))
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(trees))
+    # Of each request: tokens so far, which end at some length, and tokens that the head has not seen.
+    lengths, missed = generator.integers(_LENGTH, size=num_requests), np.zeros(num_requests, np.int64)
     tokens = seconds = nodes = levels = 0.0
     for step in range(steps):
         if step == steps // 2:
             tokens = seconds = nodes = levels = 0.0
         plan = budget.plan(num_requests)
-        drawn = [trees[order[(step * num_requests + i) % len(trees)]] for i in range(num_requests)] if plan.depth else []
-        spent, kept = 0.0, [0] * len(drawn)
+        missed += 1
+        drafting = np.flatnonzero(missed <= plan.most_missed)[: plan.most_requests] if plan.depth else missed[:0]
+        drawn = [trees[order[(step * num_requests + i) % len(trees)]] for i in drafting]
+        kept, drafting_s, emitted = [0] * len(drawn), 0.0, np.ones(num_requests, np.int64)
+        seen_s = generator.lognormal(sigma=noise) if noise else 1.0
         if drawn:
             rows: list[int] = []
             while 1 + len(rows) < plan.depth:
@@ -101,23 +126,29 @@ def with_budget(
                     break
                 rows.append(sum(int(tree.is_inner[nodes].sum()) for tree, nodes in zip(drawn, hopeful, strict=True)))
             levels += 1 + len(rows)
-            first_s, levels_s = float(head(np.array(num_requests))), float(head(np.array(rows)).sum()) if rows else 0.0
-            budget.saw_drafting(first_s, levels_s, num_requests, rows, plan.depth)
+            first_rows = int(missed[drafting].sum())
+            missed[drafting] = 0
+            first_s, levels_s = float(head(np.array(first_rows))), float(head(np.array(rows)).sum()) if rows else 0.0
+            budget.saw_drafting(first_s * seen_s, first_rows, levels_s * seen_s, len(drawn), rows, plan.depth)
             chosen = [tree.drafted(1 + len(rows), plan)[:num_draft_tokens] for tree in drawn]
             scores, depths = (
                 [of[places] for of, places in zip(each, chosen, strict=True)]
                 for each in ([tree.scores for tree in drawn], [tree.depths for tree in drawn])
             )
             kept = budget.keep(scores, depths, plan.depth, num_requests)
-            spent += first_s + levels_s
-            for tree, places, number in zip(drawn, chosen, kept, strict=True):
+            drafting_s = first_s + levels_s
+            for request, tree, places, number in zip(drafting, drawn, chosen, kept, strict=True):
                 accepted = np.isin(places[:number], tree.path)
-                tokens += accepted.sum()
+                emitted[request] += accepted.sum()
                 budget.calibration.update(tree.scores[places[:number]], accepted)
-        pass_s = float(target(np.array(num_requests + sum(kept))))
-        budget.saw_pass(pass_s, num_requests + sum(kept))
-        tokens += num_requests
-        seconds += spent + pass_s
+        missed += emitted - 1
+        lengths += emitted
+        ended = lengths >= _LENGTH  # others take their places, and the head sees their prompts at once
+        lengths[ended], missed[ended] = 0, 0
+        pass_s = float(target(np.array(num_requests + sum(kept)))) + (hidden_s if sum(kept) else 0.0)
+        budget.saw_pass(pass_s * seen_s, num_requests + sum(kept), sum(kept) > 0)
+        tokens += emitted.sum()
+        seconds += drafting_s + pass_s
         nodes += sum(kept) / num_requests
     measured = steps - steps // 2
     return {"tokens_per_s": tokens / seconds, "nodes": nodes / measured, "levels": levels / measured}

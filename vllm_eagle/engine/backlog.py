@@ -47,6 +47,10 @@ class Backlog:
         """Whether the head can no longer follow this request."""
         return req_id in self._lost
 
+    def waiting(self, req_id: str) -> int:
+        """Tokens of a request that the head has not seen yet."""
+        return sum(map(len, self._pieces.get(req_id, [])))
+
     def take(self, req_id: str) -> list[Piece]:
         """What the head has to see before it sees the request's newest tokens; from here on it has."""
         pieces = self._pieces.pop(req_id, [])

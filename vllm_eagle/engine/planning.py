@@ -102,10 +102,12 @@ class DraftPlanning(GPUModelRunner):
         if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
             self.budget.saw_gap(gap_s)
         if not self._prompt_rows:
-            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens)
+            has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
+            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, has_drafts)
         if (drafter := self.drafter).num_drafting:
             depth = self._drafting.depth
-            self.budget.saw_drafting(draft_s - levels_s, levels_s, drafter.num_drafting, drafter.level_rows, depth)
+            rows = drafter.first_rows, levels_s, drafter.num_drafting, drafter.level_rows
+            self.budget.saw_drafting(draft_s - levels_s, *rows, depth)
 
     def _plan(self, most_draft_tokens: int) -> DraftPlan:
         """What to draft for the next step."""
@@ -122,7 +124,8 @@ class DraftPlanning(GPUModelRunner):
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
         requests: dict[int, Request] = {}
-        most_requests = self.most_level_rows // self.tree_config.level_width
+        room_for = self.most_level_rows // self.tree_config.level_width
+        most_requests = min(room_for, self._drafting.most_requests or room_for)
         for row, req_id in enumerate(self.input_batch.req_ids):
             if self.discard_request_mask.np[row]:
                 continue
@@ -133,10 +136,10 @@ class DraftPlanning(GPUModelRunner):
             elif room <= 0:
                 self.tree_metrics.count_decision("no_room")
             elif len(requests) == most_requests:
-                self.tree_metrics.count_decision("buffer_full")
+                self.tree_metrics.count_decision("buffer_full" if most_requests == room_for else "budget")
             elif not self._grammars.ready(req_id):
                 self.tree_metrics.count_decision("grammar")
-            elif self._drafting.depth == 0:
+            elif self._drafting.depth == 0 or self.drafter.missed(req_id) > self._drafting.most_missed:
                 self.tree_metrics.count_decision("budget")
             elif self.drafter.is_lost(req_id):
                 self.tree_metrics.count_decision("left_behind")

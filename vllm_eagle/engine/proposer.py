@@ -65,7 +65,8 @@ class EagleTreeProposer(EagleProposer):
         self._constraints = constraints
         self._keep = keep
         self._paths = paths
-        self.level_rows: list[int] = []  # nodes in each level that the head ran in the last step
+        self.first_rows = 0  # committed tokens that the head ran over in the last step
+        self.level_rows: list[int] = []  # nodes in each level that it ran
         self.levels_s = 0.0  # seconds from the first level on
         self.num_drafting = 0  # requests that it drafted for
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
@@ -124,7 +125,7 @@ class EagleTreeProposer(EagleProposer):
         """Draft one tree per request; returns the tokens of nodes 1..n of each, empty for requests that cannot draft."""
         whole = FirstPass(target_token_ids, next_token_ids, target_positions, target_hidden_states, common_attn_metadata)
         drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
-        self.level_rows, self.levels_s, self.num_drafting = [], 0.0, 0
+        self.first_rows, self.level_rows, self.levels_s, self.num_drafting = 0, [], 0.0, 0
         step = self._plan(num_speculative_tokens)
         for late in catching_up(whole, step.req_ids, step.rows_now, self._backlog, self.block_size, self.max_num_tokens):
             self._first_pass(late)
@@ -160,12 +161,17 @@ class EagleTreeProposer(EagleProposer):
         """The request has ended, or its tokens are computed anew."""
         self._backlog.forget(req_id)
 
+    def missed(self, req_id: str) -> int:
+        """Tokens of the request that the head has to catch up with before it drafts."""
+        return self._backlog.waiting(req_id)
+
     def is_lost(self, req_id: str) -> bool:
         """Whether the head has missed too much of the request to draft for it."""
         return self._backlog.is_lost(req_id)
 
     def _first_pass(self, inputs: FirstPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the head over committed tokens: features for logits, features to feed back, last row of each request."""
+        self.first_rows += len(inputs.token_ids)
         features = inputs.features
         if self.method == "eagle3":
             features = self.model.combine_hidden_states(features)
