@@ -330,6 +330,15 @@ def test_catching_up_must_pay_back_soon() -> None:
     assert budget(FLAT, CostCurve([1, 64], [1e-4, 1e-4])).plan(1).most_missed > 1e6
 
 
+def test_widths_that_are_said_before_leave_room_for_twice_what_was_useful() -> None:
+    made = budget(FLAT, CHEAP_HEAD)
+    assert made.widths(8) == [8] * 8
+    for _ in range(200):
+        made.saw_trees(np.array([2.0, 1.2, 1.0, 0.6, 0.3, 0.0, 0.0, 0.0]))
+    assert made.widths(8) == [4, 3, 2, 2, 1, 1, 1, 1]
+    assert made.widths(3) == [3, 3, 2, 2, 1, 1, 1, 1]
+
+
 def test_same_numbers_same_decisions() -> None:
     """Ranks of tensor parallelism are given the same numbers."""
     one, other = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)

@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests import reference
 from vllm_eagle import native
 from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import Level, Request, _Ranker, grow
+from vllm_eagle.draft import NEVER, Level, Request, _grown, _Ranker, grow
 from vllm_eagle.noise import gumbel
 from vllm_eagle.shapes import StaticShape, best_static_shape
-from vllm_eagle.tree import DraftTree
+from vllm_eagle.tree import DraftTree, inner_nodes
 
 VOCAB = 4
 Path = tuple[int, ...]
@@ -259,3 +262,69 @@ def test_native_children_are_those_of_torch(
     for row, hopeless_row in zip(tokens.flatten(0, 1), hopeless.flatten(0, 1), strict=True):
         likely = row[~hopeless_row].tolist()
         assert len(set(likely)) == len(likely)
+
+
+# ---- on a GPU, where the host must not wait
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from([NEVER, -1.5]), st.sampled_from(["dynamic", "static", "chain"]))
+def test_levels_of_fixed_width_make_the_same_trees(seed: int, num_draft_tokens: int, node_floor: float, mode: str) -> None:
+    """What is drafted needlessly enters no tree."""
+    config = TreeConfig(num_draft_tokens, mode=mode, topk=3)
+    requests = [Request(9, num_draft_tokens), Request(9, 0), Request(9, num_draft_tokens, topk=1), Request(9, 5, max_depth=2)]
+    heads = [TableHead(len(requests), seed) for _ in range(2)]
+    asked, blind = (
+        grow(requests, head.root_logits(), head, config, node_floor=node_floor, fixed_width=fixed)
+        for head, fixed in zip(heads, (False, True), strict=True)
+    )
+    for one, other in zip(asked, blind, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.parents.tolist() == other.parents.tolist()
+        np.testing.assert_allclose(one.scores, other.scores)
+
+
+def test_widths_limit_what_is_expanded() -> None:
+    config = TreeConfig(30, topk=3, max_depth=4)
+    heads = [TableHead(1, 0) for _ in range(2)]
+    for head, widths in zip(heads, ([3, 3, 3, 3], [1, 2, 1, 1]), strict=True):
+        (tree,) = grow([Request(9, 30)], head.root_logits(), head, config, fixed_width=True, widths=widths)
+        assert [len(level) for level in head.rows[0][1:]] == widths[:3]
+        assert (inner_nodes([tree], 4) <= widths).all()
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "chain"])
+def test_growth_of_fixed_width_reads_nothing_that_was_drafted(mode: str) -> None:
+    """Fake tensors have no values: whatever the host asks for raises."""
+    config, requests = TreeConfig(16, mode=mode), [Request(9, 16), Request(9, 5, topk=2)]
+    grown = partial(_grown, requests, config=config, node_floor=-1.0, pays=None, widths=None)
+    noise = torch.zeros(2, VOCAB)
+    # The C++ operators run on CPU tensors alone, as the choice of children on a GPU is a kernel.
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
+        patch.setattr(native, "runs", lambda: False)
+        logits = torch.zeros(2, VOCAB)
+        pool = grown(logits, lambda level: torch.zeros(*level.token_ids.shape, VOCAB), noise_at=lambda depth: noise, fixed_width=True)
+        assert pool.tokens.shape[1] > 2
+        if mode == "dynamic":
+            with pytest.raises(DataDependentOutputException):
+                grown(logits, lambda level: torch.zeros(*level.token_ids.shape, VOCAB), noise_at=None, fixed_width=False)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.parametrize("seed", range(20))
+def test_trees_read_off_a_device_are_those_of_the_host(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_eagle.ops import rerank
+
+    monkeypatch.setattr(rerank, "rerank", rerank.reference)
+    config = TreeConfig(12, topk=3, max_depth=4)
+    requests, head = [Request(9, 12), Request(8, 0), Request(7, 4)], TableHead(3, seed)
+    pool = _grown(requests, head.root_logits(), head, config, None, -1.0, None, True, None)
+    for one, other in zip(pool.trees(), pool._trees_of_device(), strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.parents.tolist() == other.parents.tolist()
+        np.testing.assert_array_equal(one.scores, other.scores)
+        assert other.scores.dtype == np.float32
+
+
+def test_nobody_drafts() -> None:
+    head = TableHead(0, 0)
+    assert grow([], torch.zeros(0, VOCAB), head, TreeConfig(4)) == []

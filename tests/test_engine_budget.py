@@ -9,12 +9,15 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engines import engine, generate, tokens, tree_stats, trees
+from vllm_eagle import draft
 from vllm_eagle.bench.offline import encode_prompts
 from vllm_eagle.budget import Budget, Plan
 from vllm_eagle.engine import proposer
 from vllm_eagle.engine.cpu_runner import EagleTreeCPUModelRunner
+from vllm_eagle.engine.planning import DraftPlanning
 from vllm_eagle.engine.proposer import DraftPlan
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
+from vllm_eagle.tree import DraftTree
 
 PROMPTS = encode_prompts(str(TARGET), None, 12)
 MAX_TOKENS = 48
@@ -44,6 +47,25 @@ def depths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], 
 def test_tokens_are_the_same_with_the_budget(expected: list[list[list[int]]], head: Path) -> None:
     with engine(TARGET, **ONE_STEP, **trees(head, budget=True)) as llm:
         assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
+
+
+def test_tokens_are_the_same_with_levels_of_fixed_width(
+    expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: how wide levels are is known before them, from trees of earlier steps."""
+    widths: list[list[int]] = []
+
+    def grow(*args: Any, **options: Any) -> list[DraftTree]:
+        widths.append(options["widths"])
+        return draft.grow(*args, **options, fixed_width=True)
+
+    monkeypatch.setattr(proposer, "grow", grow)
+    monkeypatch.setattr(DraftPlanning, "_fixed_width", True)
+    with engine(TARGET, **ONE_STEP, **trees(HEAD, budget=True)) as llm:
+        assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
+        assert tree_stats(llm)["num_accepted"] > 20
+    assert widths[0] == [8] * 8  # nothing was seen
+    assert 1 <= min(widths[-1]) < 8
 
 
 def test_tokens_are_the_same_when_drafting_stops_and_goes(

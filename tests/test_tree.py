@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import reference
-from vllm_eagle.tree import DraftTree, node_ancestors, node_depths
+from vllm_eagle.tree import DraftTree, inner_nodes, node_ancestors, node_depths
 
 
 @st.composite
@@ -36,6 +36,15 @@ def test_batched_depths_and_ancestors_equal_those_of_single_trees(batch: list[li
         count = len(parents)
         assert (node_depths(padded)[i, :count] == tree_of(parents).depths).all()
         assert (node_ancestors(padded)[i, :count, :count] == tree_of(parents).ancestors).all()
+
+
+@given(st.lists(parent_lists(), min_size=1, max_size=4))
+def test_inner_nodes_are_those_with_children(batch: list[list[int]]) -> None:
+    expected = [0] * 24
+    for parents in batch:
+        for node in set(parents[1:]) - {0}:
+            expected[reference.depth_of(parents, node) - 1] += 1
+    assert inner_nodes([tree_of(parents) for parents in batch], 24).tolist() == expected
 
 
 @given(parent_lists(), st.data())

@@ -182,6 +182,7 @@ class Budget:
         self._deepest = np.zeros(depth_limit)  # [depth - 1] mean probability of a request's best node of exactly this depth
         self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth
         self._runs = np.ones(depth_limit)  # [depth] how often there is such a pass where drafting may go so deep
+        self._inner: np.ndarray | None = None  # [depth - 1] nodes per request of that depth that have children in its tree
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
         self._passes_since_plain = 0
         self._gain = 1.0  # how many times plain decoding's tokens per second drafting promises
@@ -269,6 +270,16 @@ class Budget:
         number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, spent_s, self.drafts_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
+
+    def saw_trees(self, inner: np.ndarray) -> None:
+        """Trees that will be verified had so many nodes with children, per request, of depths 1, 2, ...; [depth_limit] float."""
+        self._inner = inner if self._inner is None else self._inner + self._FADE * (inner - self._inner)
+
+    def widths(self, most: int) -> list[int]:
+        """How many nodes per request to expand at depth 1, 2, ... where that is said before they are known: twice what was useful."""
+        if self._inner is None:
+            return [most] * self._depth_limit
+        return np.clip(np.ceil(2 * self._inner), 1, most).astype(int).tolist()
 
     def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
         """A target pass over so many tokens, without prompts, took `seconds`."""

@@ -13,9 +13,12 @@ Two things differ from EAGLE-2:
   is best.
 
 Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
+
+On a GPU the host must not wait for what was drafted, so there levels are as wide and as many as requests allow (`fixed_width`), and
+the finished trees, put in order there, are read at once. They are the same trees: what is drafted needlessly does not enter them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,27 +65,56 @@ def grow(
     noise_at: NoiseAt | None = None,  # None: uncoupled
     node_floor: float = NEVER,  # of dynamic trees: nodes with no higher score get no children
     pays: Pays | None = None,  # of dynamic trees: whether to go on after such a level; None: as long as nodes may enter a tree
+    fixed_width: bool | None = None,  # of dynamic trees: let what is drafted decide nothing, `pays` included; None: on GPUs
+    widths: Sequence[int] | None = None,  # of dynamic trees: most nodes to expand per request, at depth 1, 2, ...
 ) -> list[DraftTree]:
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
-    pool = _Pool(requests, config, root_logits.device)
-    coupled = noise_at is not None
-    ranker = _Ranker(requests, config.confidence_scale, coupled, root_logits.device)
-    frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children, node_floor, pays)
+    if not requests:
+        return []
+    return _grown(requests, root_logits, run_head, config, noise_at, node_floor, pays, fixed_width, widths).trees()
+
+
+def _grown(
+    requests: list[Request],
+    root_logits: torch.Tensor,
+    run_head: RunHead,
+    config: TreeConfig,
+    noise_at: NoiseAt | None,
+    node_floor: float,
+    pays: Pays | None,
+    fixed_width: bool | None,
+    widths: Sequence[int] | None,
+) -> "_Pool":
+    """All drafted nodes; nothing of them has been read by the host if the width is fixed."""
+    device = root_logits.device
+    fixed_width = device.type != "cpu" if fixed_width is None else fixed_width
+    pool = _Pool(requests, config, device)
+    ranker = _Ranker(requests, config.confidence_scale, noise_at is not None, device)
+    frontier = (
+        _StaticFrontier(pool, config)
+        if config.mode == "static"
+        else _BestFrontier(pool, config.children, node_floor, pays, fixed_width, widths)
+    )
     logits = root_logits[:, None]
-    for depth in range(1, config.depth_limit + 1):
+    for depth in range(1, pool.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
         chosen = frontier.grow(depth, confidences, tokens)
-        if chosen is None or depth == config.depth_limit:
+        if chosen is None or depth == pool.depth_limit:
             break
-        logits = run_head(pool.expand(depth, chosen))
-    return pool.trees()
+        logits = run_head(pool.expand(depth, *chosen))
+    return pool
+
+
+def _sent(values: list[int] | list[float] | list[list[bool]], device: torch.device) -> torch.Tensor:
+    """On the device, which is not waited for."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class _Ranker:
     """Order the children of a node and say how sure the head is of each."""
 
     def __init__(self, requests: list[Request], confidence_scale: float, coupled: bool, device: torch.device):
-        temperature = torch.tensor([r.temperature for r in requests], device=device)
+        temperature = _sent([r.temperature for r in requests], device)
         sampled = temperature > 0
         # With the noise known, or none, the outcome is certain and only the head's error is left: the confidence may be
         # sharper than the probability. Without the noise, the probability at this temperature is the acceptance.
@@ -116,10 +148,11 @@ class _Pool:
     def __init__(self, requests: list[Request], config: TreeConfig, device: torch.device):
         num_reqs = len(requests)
         self.requests = requests
-        self.budgets = torch.tensor([min(r.num_draft_tokens, config.num_draft_tokens) for r in requests], device=device)
-        self.max_budget = int(self.budgets.max()) if num_reqs else 0
-        self.max_depths = torch.tensor([r.max_depth for r in requests], device=device)
-        self._topks = torch.tensor([r.topk for r in requests], device=device)
+        self._most = [min(r.num_draft_tokens, config.num_draft_tokens) for r in requests]
+        self.depth_limit = min(config.depth_limit, max(r.max_depth for r in requests))
+        self.budgets = _sent(self._most, device)
+        self.max_depths = _sent([r.max_depth for r in requests], device)
+        self._topks = _sent([r.topk for r in requests], device)
         self.tokens = torch.empty(num_reqs, 0, dtype=torch.long, device=device)
         self.scores = torch.empty(num_reqs, 0, device=device)
         self.parents = torch.empty(num_reqs, 0, dtype=torch.long, device=device)  # place in the pool, -1 is the root
@@ -155,21 +188,24 @@ class _Pool:
         )  # fmt: skip
         return places, hopeful
 
-    def expand(self, depth: int, places: torch.Tensor) -> Level:
-        """Make the nodes at `places` [num_reqs, width] of the newest level the rows that run next."""
+    def expand(self, depth: int, places: torch.Tensor, scores: torch.Tensor) -> Level:
+        """Make the nodes at `places` [num_reqs, width] of the newest level the rows that run next.
+
+        Scores [num_reqs, width] are theirs; children of nodes with minus infinity enter no tree.
+        """
         nodes = self.level_start + places
         parent_rows = places // self.num_children
         width = places.shape[1]
         inherited = self._row_ancestors.gather(1, parent_rows[:, :, None].expand(-1, -1, self._row_ancestors.shape[2]))
         itself = torch.eye(width, dtype=torch.bool, device=places.device).expand(places.shape[0], -1, -1)
         self._row_nodes = nodes
-        self._row_scores = self.scores.gather(1, nodes)
+        self._row_scores = scores
         self._row_ancestors = torch.cat([inherited, itself], 2)
         return Level(depth, self.tokens.gather(1, nodes), parent_rows, self._row_ancestors)
 
     def nth_best(self) -> torch.Tensor:
         """Score that a new node must beat to enter its request's tree: [num_reqs]."""
-        ranked = self.scores.topk(min(self.max_budget, self.scores.shape[1]), dim=1).values
+        ranked = self.scores.topk(min(max(self._most), self.scores.shape[1]), dim=1).values
         padding = ranked.new_full((ranked.shape[0], 1), NEVER)
         last = (self.budgets - 1).clamp(min=0, max=ranked.shape[1])
         bound = torch.cat([ranked, padding], 1).gather(1, last[:, None])[:, 0]
@@ -177,12 +213,14 @@ class _Pool:
 
     def trees(self) -> list[DraftTree]:
         """Rerank: the best nodes of each request, parents first."""
+        if self.tokens.is_cuda:
+            return self._trees_of_device()
         tokens, scores, parents = (x.cpu().numpy() for x in (self.tokens, self.scores, self.parents))
         # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
         order = np.argsort(-scores, axis=1, kind="stable")
         ranks = np.empty_like(order)
         np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
-        counts = np.minimum((scores > NEVER).sum(1), self.budgets.cpu().numpy())
+        counts = np.minimum((scores > NEVER).sum(1), self._most)
         trees = []
         for i, request in enumerate(self.requests):
             best = order[i, : counts[i]]
@@ -196,35 +234,62 @@ class _Pool:
             )
         return trees
 
+    def _trees_of_device(self) -> list[DraftTree]:
+        """`trees`, put in order on a GPU and read at once: the one time that the host waits."""
+        from vllm_eagle.ops.rerank import rerank  # Triton: not installed beside vLLM's CPU wheel
+
+        roots, most_nodes = _sent([r.root_token_id for r in self.requests], self.tokens.device), 1 + max(self._most)
+        best = rerank(roots, self.tokens, self.scores, self.parents, self.budgets, most_nodes, self.depth_limit)
+        scores = best.scores.view(torch.int32).long()
+        packed = torch.cat([best.num_nodes[:, None], best.token_ids, best.parents, scores], 1).cpu().numpy()
+        trees = []
+        for row in packed:
+            tokens, parents, bits = row[1:].reshape(3, most_nodes)[:, : row[0]]
+            trees.append(DraftTree(tokens, parents, bits.astype(np.int32).view(np.float32)))
+        return trees
+
+
+Chosen = tuple[torch.Tensor, torch.Tensor]  # places in the newest level, and scores, of nodes to expand: [num_reqs, width]
+
 
 class _BestFrontier:
     """Dynamic trees: expand the best nodes of the newest level that could still lead into the tree."""
 
-    def __init__(self, pool: _Pool, width: int, node_floor: float, pays: Pays | None):
-        self._pool, self._width = pool, width
+    def __init__(
+        self,
+        pool: _Pool,
+        width: int,
+        node_floor: float,
+        pays: Pays | None,
+        fixed_width: bool,
+        widths: Sequence[int] | None,
+    ):
+        self._pool, self._width, self._fixed_width, self._widths = pool, width, fixed_width, widths
         self._node_floor, self._pays = node_floor, pays
 
-    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
         """Add children [num_reqs, width, children] of this depth to the pool; returns which of them to expand, if any."""
-        if tokens.device.type == "cpu" and native.runs():
+        if tokens.device.type == "cpu" and native.runs() and not self._fixed_width:
             places, hopeful = self._pool.grow(depth, confidences, tokens, self._width, self._node_floor)
         else:
             self._pool.add(tokens, confidences, (self._pool.max_depths >= depth)[:, None, None])
             places, hopeful = self.hopeful(depth)
+            if self._fixed_width:
+                return places, hopeful
+            width = int((hopeful > NEVER).sum(1).max())
+            places, hopeful = places[:, :width], hopeful[:, :width]
         if not places.shape[1] or (self._pays is not None and not self._pays(hopeful.cpu().numpy())):
             return None
-        return places
+        return places, hopeful
 
-    def hopeful(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places in the newest level of nodes that may be expanded, and their scores, minus infinity in places that go unused:
-        [num_reqs, width], best first.
-        """
+    def hopeful(self, depth: int) -> Chosen:
+        """The best nodes of the newest level, best first; minus infinity where they may not be expanded."""
         newest = self._pool.scores[:, self._pool.level_start :]
         newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
-        scores, places = newest.topk(min(self._width, newest.shape[1]), dim=1)
+        most = self._width if self._widths is None else self._widths[depth - 1]
+        scores, places = newest.topk(min(self._width, most, newest.shape[1]), dim=1)
         hopeful = scores > self._pool.nth_best().clamp(min=self._node_floor)[:, None]
-        width = int(hopeful.sum(1).max().item())
-        return places[:, :width], scores.where(hopeful, NEVER)[:, :width]
+        return places, scores.where(hopeful, NEVER)
 
 
 class _StaticFrontier:
@@ -233,15 +298,14 @@ class _StaticFrontier:
     def __init__(self, pool: _Pool, config: TreeConfig):
         self._pool, self._shape = pool, config.shape
 
-    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
         """As _BestFrontier's."""
         rows, inner = self._shape.inner(depth - 1), self._shape.inner(depth)
-        mask = torch.zeros(confidences.shape[1:], dtype=torch.bool, device=confidences.device)
-        for path in self._shape.level(depth):
-            if path[-1] < mask.shape[1]:  # a vocabulary may be smaller than the shape's ranks
-                mask[rows.index(path[:-1]), path[-1]] = True
+        level = set(self._shape.level(depth))  # a vocabulary may be smaller than the shape's ranks
+        mask = _sent([[(*row, rank) in level for rank in range(confidences.shape[2])] for row in rows], confidences.device)
         self._pool.add(tokens, confidences, mask.expand_as(confidences) & (self._pool.max_depths >= depth)[:, None, None])
         places = [rows.index(path[:-1]) * self._pool.num_children + path[-1] for path in inner]
         if not places:
             return None
-        return torch.tensor(places, device=self._pool.tokens.device).expand(self._pool.tokens.shape[0], -1)
+        expanded = _sent(places, self._pool.tokens.device).expand(self._pool.tokens.shape[0], -1)
+        return expanded, self._pool.scores[:, self._pool.level_start :].gather(1, expanded)

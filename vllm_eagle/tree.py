@@ -119,6 +119,12 @@ def depths_of(trees: Sequence[DraftTree]) -> list[IntArray]:
     return [depths[: tree.num_nodes] for depths, tree in zip(node_depths(parents), trees, strict=True)]
 
 
+def inner_nodes(trees: Sequence[DraftTree], depth_limit: int) -> IntArray:
+    """How many nodes of all trees have children, by depth from 1: [depth_limit] int64."""
+    inner = [depths[np.unique(tree.parents[1:])] for tree, depths in zip(trees, depths_of(trees), strict=True)]
+    return np.bincount(np.concatenate(inner), minlength=depth_limit + 1)[1 : depth_limit + 1]
+
+
 def node_depths(parents: IntArray) -> IntArray:
     """Depth of every node of several trees: parents [num_trees, num_nodes] -> [num_trees, num_nodes] int64."""
     depths = np.zeros_like(parents)

@@ -26,8 +26,10 @@ class FirstPass:
 
     def pieces(self, rows: Collection[int], copy: bool) -> dict[int, Piece]:
         """The tokens of some rows. A copy outlives the step, in which the target's buffers are used again."""
-        ends = self.metadata.query_start_loc_cpu.tolist()
-        starts = self.positions[self.metadata.query_start_loc[:-1].long()].tolist()
+        cuts = self.metadata.query_start_loc_cpu
+        assert self.metadata.seq_lens_cpu_upper_bound is not None  # exact: what was rejected is known
+        starts = (self.metadata.seq_lens_cpu_upper_bound - cuts[1:] + cuts[:-1]).tolist()
+        ends = cuts.tolist()
         token_ids, features = (x.clone() if copy else x for x in (self.token_ids, self.features))
         return {row: Piece(starts[row], token_ids[ends[row] : ends[row + 1]], features[ends[row] : ends[row + 1]]) for row in rows}
 

@@ -6,15 +6,12 @@ depth d the host waits for the GPU
 
 - once for the sampled tokens if all requests are plainly greedy, else once per depth of the longest walk, since only then is the
   next node known (scorer.py); three times more for logprobs, once more in vLLM's bookkeeping if no walk is longer than a token;
-- once when vLLM sends the last tokens to the head (`prepare_next_token_ids_cpu`);
-- when drafting begins, five times at once: draft.py makes four tensors of lists and reads the largest tree that is allowed;
-- twice per level, to see whether another one pays; once without the budget, never for static shapes;
-- four times at once to read the finished trees;
-- once if some requests get no drafts in this step, once if the head catches up with some (first_pass.py), and twice per level if a
-  grammar constrains a request that drafts.
+- once to read the finished trees, which the scheduler needs: levels are drafted in widths and to a depth that are known before them
+  (draft.py), so nothing is asked in between;
+- twice per level if a grammar constrains a request that drafts.
 
-So 11 + 2 d times where all is greedy, and up to d more where requests sample. Most of these find the GPU idle already. Besides,
-every sampled request costs a launch per level for its coming noise (noise_rows.py), as it costs vLLM one per sampled token.
+So twice where all is greedy, and up to d times more where requests sample; tests/test_draft.py holds that growth reads nothing.
+Besides, every sampled request costs a launch per level for its coming noise (noise_rows.py), as it costs vLLM one per sampled token.
 
 What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
 

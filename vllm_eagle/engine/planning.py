@@ -19,7 +19,7 @@ from vllm_eagle.engine.grammar import TreeGrammars
 from vllm_eagle.engine.proposer import DraftPlan, EagleTreeProposer
 from vllm_eagle.metrics import TreeMetrics
 from vllm_eagle.per_request import RequestOptions
-from vllm_eagle.tree import DraftTree, depths_of
+from vllm_eagle.tree import DraftTree, depths_of, inner_nodes
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
@@ -84,6 +84,8 @@ class DraftPlanning(GPUModelRunner):
             scores, depths = [tree.scores[1:] for tree in trees.values()], [x[1:] for x in depths_of(list(trees.values()))]
             numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
             trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
+            if self._fixed_width and trees:
+                self.budget.saw_trees(inner_nodes(list(trees.values()), self.tree_config.depth_limit) / len(trees))
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
             self.tree_metrics.count_decision("tree" if tree.num_nodes > 1 else "budget")
@@ -119,7 +121,13 @@ class DraftPlanning(GPUModelRunner):
             self._drafting = plan = self.budget.plan(num_decoding)
             pays = partial(self.budget.pays, plan)
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
-        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), self._drafting.node_floor, pays)
+        widths = self.budget.widths(self.tree_config.children) if self.budget is not None and self._fixed_width else None
+        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), self._drafting.node_floor, pays, widths)
+
+    @property
+    def _fixed_width(self) -> bool:
+        """Whether levels are drafted in widths that are known before them (draft.py)."""
+        return self.device.type != "cpu"
 
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""

@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.config import TreeConfig
@@ -39,8 +40,10 @@ class DraftPlan:
     req_ids: list[str]  # by row in the batch
     requests: dict[int, Request]  # those that get a tree, by row
     rows_now: list[int]  # rising; over whose newest tokens the head is run: those, and prompts
-    node_floor: float  # see `grow`
+    # See `grow`.
+    node_floor: float
     pays: Pays | None
+    widths: list[int] | None
 
 
 class EagleTreeProposer(EagleProposer):
@@ -107,6 +110,21 @@ class EagleTreeProposer(EagleProposer):
         assert len(rows) == metadata.num_actual_tokens
         return metadata, async_tensor_h2d(rows, device=self.device)
 
+    def prepare_next_token_ids_cpu(
+        self,
+        sampled_token_ids: list[list[int]],
+        requests: dict[str, CachedRequestState],
+        gpu_input_batch: InputBatch,
+        num_scheduled_tokens: dict[str, int],
+    ) -> torch.Tensor:
+        """As vLLM's, but the device is not waited for: the token after the last committed one of each request, [num_reqs] int32."""
+        next_token_ids = []
+        for req_id, token_ids in zip(gpu_input_batch.req_ids, sampled_token_ids, strict=False):
+            state = requests[req_id]  # where nothing was sampled, the prompt goes on
+            end = state.num_computed_tokens + num_scheduled_tokens[req_id]
+            next_token_ids.append(token_ids[-1] if token_ids else state.get_token_id(end))
+        return async_tensor_h2d(next_token_ids, device=self.device, dtype=torch.int32)
+
     @torch.inference_mode()
     def propose(
         self,
@@ -150,6 +168,7 @@ class EagleTreeProposer(EagleProposer):
                 self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
                 step.node_floor,
                 step.pays,
+                widths=step.widths,
             )
             if level_pass.started_s is not None:
                 self.levels_s = time.perf_counter() - level_pass.started_s

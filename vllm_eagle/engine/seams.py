@@ -63,6 +63,12 @@ _SEAMS = (
     ),
     (
         EagleProposer,
+        "prepare_next_token_ids_cpu",
+        "sampled_token_ids requests gpu_input_batch num_scheduled_tokens",
+        "engine/proposer.py",
+    ),
+    (
+        EagleProposer,
         "propose",
         "num_speculative_tokens target_token_ids target_positions target_hidden_states next_token_ids "
         "token_indices_to_sample common_attn_metadata sampling_metadata mm_embed_inputs num_rejected_tokens_gpu slot_mappings",
