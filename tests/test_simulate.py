@@ -61,9 +61,22 @@ def test_never_slower_than_plain_decoding_where_drafts_cost_more_than_is_known(h
     trees = read(RECORDED)
     for number in (1, 12, 20, 32):
         plain = number / float(target(np.array(number)))
-        found = with_budget(trees, target, head, number, 16, 8, hidden_s, noise)
+        found = with_budget(trees, target, head, number, 16, 8, hidden_s, noise=noise)
         assert found["tokens_per_s"] >= 0.99 * plain, (number, found)
         assert number > 1 or found["tokens_per_s"] > 1.9 * plain
+
+
+@pytest.mark.parametrize(("before", "now", "at_least"), [(1, 64, 0.93), (64, 1, 1.5), (2, 16, 0.98)])
+def test_what_drafts_cost_is_found_out_anew_when_the_load_changes(before: int, now: int, at_least: float) -> None:
+    """Every tree makes a pass longer by something that its size does not tell: little for one request, too much for many.
+
+    With 64 it makes the pass five times as long; what is lost until that is known counts in.
+    """
+    target = CostCurve([1, 64, 256, 1024], [0.007, 0.008, 0.012, 0.030])
+    head = CostCurve([1, 64, 1024], [0.0003, 0.0004, 0.003])
+    loads = [before] * 400 + [now] * 400
+    found = with_budget(read(RECORDED), target, head, loads, 16, 8, 0.0003, hidden_tree_s=0.0005)
+    assert found["tokens_per_s"] >= at_least * now / float(target(np.array(now))), found
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

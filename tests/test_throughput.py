@@ -89,6 +89,8 @@ def test_measured(http: bool) -> None:
 
 def test_plain_vllm_is_always_there() -> None:
     assert list(variants(settings(only=["trees"]))) == [PLAIN, "trees"]
+    assert list(variants(settings(only=["fixed4", "trees"]))) == [PLAIN, "trees", "fixed4"]
+    assert "fixed4" not in variants(settings())  # a sweep is asked for
     assert variants(settings())["trees"]["additional_config"] == {"vllm_eagle": {}}  # the defaults
 
 

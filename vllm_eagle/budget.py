@@ -7,6 +7,7 @@ which is the expected number of tokens per second. Sure requests get large trees
 Numbers in, numbers out: no clock and no chance, so that ranks which are given the same numbers decide alike. numpy only.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ class Budget:
     """Decides for one engine. `plan` says what to draft before a step is drafted, `keep` what of it to verify."""
 
     _FADE = 0.05  # how fast the profile follows the last trees
-    _PER_NODE = 4
+    _PER_NODE = 4  # cells of the profile; one request in four may have a node
     _LOOK_EVERY = 4  # steps between two looks at costs and profile, while the number of requests stays the same
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
     _PROBE_LEVELS = 2  # deeper than what is chosen
@@ -164,11 +165,20 @@ class Budget:
     _BEGIN_AT, _STAY_AT = 1.06, 1.03
     # Below this gain plain decoding is looked at, too: in turns with drafting at first, then every so many steps.
     _SMALL_GAIN, _TRIAL, _PLAIN_EVERY = 1.15, 32, 16
+    _PLAIN_AT_LEAST_EVERY = 256  # whatever the gain: it may be wrong
     _PAYS_BACK_IN = 64  # steps, after which it must have paid that the head has caught up with a request
+    _FORGETS = 0.002
     _FRESH = 16.0  # passes with drafts since the last one without, after which half of what is unexpected is due to the machine
 
-    def __init__(self, target: CostCurve, head: CostCurve, num_draft_tokens: int, depth_limit: int):
-        self.target, self.head = target, head
+    def __init__(
+        self,
+        target: CostCurve,
+        head: CostCurve,  # with logits of every token
+        num_draft_tokens: int,
+        depth_limit: int,
+        committed: CostCurve | None = None,  # the head without logits, as it runs over committed tokens; None: no different
+    ):
+        self.target, self.head, self._committed = target, head, committed or head
         self.calibration = Calibration()
         self.first_s = 0.0  # of drafting, what is spent beside the head's passes, however few levels are drafted
         self.drafts_s = 0.0  # what a target pass takes longer than one of as many tokens without drafts: their attention, the walk
@@ -182,13 +192,15 @@ class Budget:
         self._deepest = np.zeros(depth_limit)  # [depth - 1] mean probability of a request's best node of exactly this depth
         self._rows = np.ones(depth_limit)  # [depth] rows per request of the head's pass over nodes of this depth
         self._runs = np.ones(depth_limit)  # [depth] how often there is such a pass where drafting may go so deep
-        self._inner: np.ndarray | None = None  # [depth - 1] nodes per request of that depth that have children in its tree
+        self._inner = np.full(depth_limit, float(num_draft_tokens))  # [depth - 1] nodes per request of that depth with children
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
-        self._passes_since_plain = 0
+        self._passes_since_plain = math.inf  # passes with drafts
+        self._steps_since_plain, self._plain_for = 0, 0  # steps since nothing was drafted, and for how many requests that was
+        self._share = 1.0  # of the requests that do draft where drafting is planned
         self._gain = 1.0  # how many times plain decoding's tokens per second drafting promises
         self._spell = 0  # steps since drafting began to pay
         self._last = 0
-        self._steps, self._best, self._best_for = 0, Plan(0), 0
+        self._steps, self._keeps, self._best, self._best_for = 0, 0, Plan(0), 0
 
     def plan(self, num_requests: int) -> Plan:
         """What to draft for so many requests. Now and then more than pays, to learn."""
@@ -197,9 +209,12 @@ class Budget:
         self._steps += 1
         best = self._best.depth
         self._spell = self._spell + 1 if best else 0
-        every = 2 if self._spell < self._TRIAL else self._PLAIN_EVERY
-        if best and self._gain < self._SMALL_GAIN and self._spell % every == 1:
-            return Plan(0)
+        self._steps_since_plain += 1
+        if not best or self._look_at_plain(num_requests):
+            self._steps_since_plain, self._plain_for = 0, num_requests
+            self._share += self._FADE * (1 - self._share)  # others may come that can draft
+            if best:
+                return Plan(0)
         self._steps_since_probe += 1
         if best == self._depth_limit:
             self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
@@ -208,8 +223,15 @@ class Budget:
             self._probe_every = min(2 * self._probe_every, self._PROBE_AT_MOST) if best == self._last else self._PROBE_EVERY
             self._steps_since_probe, self._last = 0, best
             some = None if best else -(-num_requests // self._PROBE_SHARE)
-            return Plan(min(best + self._PROBE_LEVELS, self._depth_limit), some)
+            return Plan(min(best + self._PROBE_LEVELS, self._depth_limit), some, self._best.most_missed)
         return self._best
+
+    def _look_at_plain(self, num_requests: int) -> bool:
+        """Whether, where drafting seems to pay, plain decoding should have a turn: its cost is known from the past alone."""
+        if self._gain < self._SMALL_GAIN:
+            return self._spell % (2 if self._spell < self._TRIAL else self._PLAIN_EVERY) == 1
+        known = self._plain_for and 0.25 < num_requests / self._plain_for < 4
+        return self._steps_since_plain >= (self._PLAIN_AT_LEAST_EVERY if known else self._PLAIN_EVERY)
 
     def _best_plan(self, num_requests: int) -> Plan:
         rates, numbers = self._outlook(num_requests)
@@ -217,11 +239,12 @@ class Budget:
         self._gain = float(rates[best] / rates[0])
         if rates[best] < (self._STAY_AT if self._best.depth else self._BEGIN_AT) * rates[0]:
             return Plan(0)
-        head_token_s = float(np.diff(self.head(num_requests * np.array([1.0, 1.0 + self._PAYS_BACK_IN])))[0]) / self._PAYS_BACK_IN
+        tokens = num_requests * np.array([1.0, 1.0 + self._PAYS_BACK_IN])
+        head_token_s = float(np.diff(self._committed(tokens))[0]) / self._PAYS_BACK_IN  # of one token more of every request
         gained_s = (self._gain - 1) * num_requests / float(rates[best])  # by a step
         most_missed = self._PAYS_BACK_IN * gained_s / max(head_token_s, 1e-12)
-        tokens = num_requests * (1 + float(numbers[best]))
-        row_s = float(np.diff(self.target(np.array([tokens - num_requests, tokens])))[0]) / num_requests
+        rows = num_requests * (1 + float(numbers[best]))
+        row_s = float(np.diff(self.target(np.array([rows - num_requests, rows])))[0]) / num_requests
         node_price, level_price = float(rates[best]) * row_s, float(rates[best] * self.head(np.array(num_requests)))
         return Plan(best, None, most_missed, self.calibration.score_of(node_price), node_price, level_price)
 
@@ -235,13 +258,15 @@ class Budget:
 
     def _outlook(self, num_requests: int) -> tuple[np.ndarray, np.ndarray]:
         """`rates`, and the best numbers of nodes per request."""
-        levels_s = self._levels_s(num_requests)
+        drafting = self._share * num_requests
+        levels_s = self._levels_s(drafting)
         nodes = np.arange(self._profile.shape[1] + 1) / self._PER_NODE
-        seconds = self.target(num_requests * (1 + nodes)) + self.outside_s + self.drafts_s * (nodes > 0)
+        seconds = self.target(num_requests + drafting * nodes) + self.outside_s + self.drafts_s * (nodes > 0)
         accepted = np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1) / self._PER_NODE], 1)
-        expected = num_requests * (1 + accepted)
+        expected = num_requests + drafting * accepted
         # The head runs over what the target commits before it drafts.
-        drafted = expected / (seconds + self.first_s + self.head(expected) + levels_s[:, None])
+        first_s = self.first_s + self._committed(drafting * (1 + accepted))
+        drafted = expected / (seconds + first_s + levels_s[:, None])
         return np.append(num_requests / seconds[0], drafted.max(1)), np.append(0.0, nodes[drafted.argmax(1)])
 
     def keep(self, scores: Sequence[np.ndarray], depths: Sequence[np.ndarray], drafted_depth: int, num_requests: int) -> list[int]:
@@ -260,40 +285,46 @@ class Budget:
         for i, (row, depth) in enumerate(zip(scores, depths, strict=True)):
             padded[i, : len(row)], levels[i, : len(row)] = row, depth
         probabilities = self.calibration(padded)
-        is_news = drafted_depth > self._best.depth or self._seen[drafted_depth - 1] < 1 / self._FADE
-        if is_news or self._steps % self._LOOK_EVERY == 0:
+        is_probe = drafted_depth > self._best.depth
+        self._keeps += 1
+        if is_probe or self._seen[drafted_depth - 1] < 1 / self._FADE or self._keeps % self._LOOK_EVERY == 0:
             self._learn(probabilities, levels, drafted_depth)
+        if not is_probe:
+            self._share += _FAST_STEP * (len(scores) / num_requests - self._share)
         # A stable sort keeps a parent ahead of a child that is as probable.
         order = np.argsort(-probabilities, axis=None, kind="stable")
         order = order[np.isfinite(padded).ravel()[order]]
-        spent_s = self.outside_s + self.first_s + float(self.head(np.array(num_requests)) + self._levels_s(num_requests)[drafted_depth - 1])
-        number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, spent_s, self.drafts_s)
+        drafting_s = float(self._committed(np.array(len(scores))) + self._levels_s(len(scores))[drafted_depth - 1])
+        # A probe is to find out what drafts cost in the target's pass; if it believed that they do not pay, it never would.
+        drafts_s = 0.0 if is_probe else self.drafts_s
+        spent_s = self.outside_s + self.first_s + drafting_s
+        number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, spent_s, drafts_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
 
-    def saw_trees(self, inner: np.ndarray) -> None:
-        """Trees that will be verified had so many nodes with children, per request, of depths 1, 2, ...; [depth_limit] float."""
-        self._inner = inner if self._inner is None else self._inner + self._FADE * (inner - self._inner)
+    def saw_trees(self, inner: np.ndarray, drafted_depth: int) -> None:
+        """Trees of that depth had so many nodes with children, per request, of depths 1, 2, ...; [depth_limit] float."""
+        few = slice(drafted_depth - 1)  # nodes of the last level have none
+        self._inner[few] += self._FADE * (inner[few] - self._inner[few])
 
     def widths(self, most: int) -> list[int]:
         """How many nodes per request to expand at depth 1, 2, ... where that is said before they are known: twice what was useful."""
-        if self._inner is None:
-            return [most] * self._depth_limit
         return np.clip(np.ceil(2 * self._inner), 1, most).astype(int).tolist()
 
     def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
         """A target pass over so many tokens, without prompts, took `seconds`."""
         if not has_drafts:
             self._passes_since_plain = 0
+            self.drafts_s *= 1 - self._FORGETS  # may be out of date: then drafts are tried again
             self.target.correct(num_tokens, seconds)
             return
         # Right after passes without drafts, what was not expected is due to the drafts; long after, to the machine.
         fresh = 0.5 ** (self._passes_since_plain / self._FRESH)
         self._passes_since_plain += 1
         pass_s = float(self.target(np.array(num_tokens)))
-        error_s = float(np.clip(seconds, (pass_s + self.drafts_s) / _OUTLIER, (pass_s + self.drafts_s) * _OUTLIER)) - pass_s
-        self.target.correct(num_tokens, seconds - self.drafts_s, 1 - fresh)
-        self.drafts_s += _FAST_STEP * fresh * (error_s - self.drafts_s)
+        error_s = min(seconds, _OUTLIER * (pass_s + self.drafts_s)) - pass_s
+        self.target.correct(num_tokens, max(seconds - self.drafts_s, seconds / _OUTLIER), 1 - fresh)
+        self.drafts_s = max(0.0, self.drafts_s + _FAST_STEP * fresh * (error_s - self.drafts_s))
 
     def saw_drafting(
         self, first_s: float, first_rows: int, levels_s: float, num_requests: int, rows: Sequence[int], depth: int
@@ -301,7 +332,7 @@ class Budget:
         """Drafting for some requests took `first_s` up to the first level, in which the head ran over `first_rows` committed tokens,
         then `levels_s`, in which it ran over `rows` nodes, level by level; `depth` levels were allowed.
         """
-        head_s = float(self.head(np.array(first_rows)))
+        head_s = float(self._committed(np.array(first_rows)))
         self.first_s += _FAST_STEP * (min(max(first_s - head_s, 0.0), _OUTLIER * (self.first_s + head_s)) - self.first_s)
         self._runs[1:depth] += self._FADE * ((np.arange(1, depth) <= len(rows)) - self._runs[1:depth])
         if not rows or levels_s <= 0:
@@ -312,7 +343,12 @@ class Budget:
         levels = min(len(rows), self._depth_limit - 1)
         self._rows[1 : levels + 1] += self._FADE * (np.array(rows[:levels]) / num_requests - self._rows[1 : levels + 1])
 
-    def _levels_s(self, num_requests: int) -> np.ndarray:
+    def levels_share(self, first_rows: int, rows: Sequence[int]) -> float:
+        """Of the seconds of drafting, what the passes over levels are likely to take, where only the whole can be measured."""
+        first_s, levels_s = self.first_s + float(self._committed(np.array(first_rows))), float(self.head(np.array([*rows])).sum())
+        return levels_s / (first_s + levels_s)
+
+    def _levels_s(self, num_requests: float) -> np.ndarray:
         """Seconds of the head's passes over levels, where 1, 2, ... are drafted: [depth_limit]. The first one needs none."""
         runs = np.minimum.accumulate(self._runs)[1:]  # no level without the one above
         return np.append(0.0, (runs * self.head(num_requests * self._rows[1:])).cumsum())

@@ -14,8 +14,9 @@ Two things differ from EAGLE-2:
 
 Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
 
-On a GPU the host must not wait for what was drafted, so there levels are as wide and as many as requests allow (`fixed_width`), and
-the finished trees, put in order there, are read at once. They are the same trees: what is drafted needlessly does not enter them.
+On a GPU the host must not wait for what was drafted, so there levels are as many as requests allow and as wide as is said before them
+(`fixed_width`, `widths`), and the finished trees, put in order there, are read at once. Where the widths suffice they are the same
+trees: what is drafted needlessly does not enter them.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def grow(
     node_floor: float = NEVER,  # of dynamic trees: nodes with no higher score get no children
     pays: Pays | None = None,  # of dynamic trees: whether to go on after such a level; None: as long as nodes may enter a tree
     fixed_width: bool | None = None,  # of dynamic trees: let what is drafted decide nothing, `pays` included; None: on GPUs
-    widths: Sequence[int] | None = None,  # of dynamic trees: most nodes to expand per request, at depth 1, 2, ...
+    widths: Sequence[int] | None = None,  # of dynamic trees: most nodes to expand per request at depth 1, 2, ...
 ) -> list[DraftTree]:
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     if not requests:
@@ -147,7 +148,7 @@ class _Pool:
 
     def __init__(self, requests: list[Request], config: TreeConfig, device: torch.device):
         num_reqs = len(requests)
-        self.requests = requests
+        self.requests, self._config = requests, config
         self._most = [min(r.num_draft_tokens, config.num_draft_tokens) for r in requests]
         self.depth_limit = min(config.depth_limit, max(r.max_depth for r in requests))
         self.budgets = _sent(self._most, device)
@@ -238,8 +239,9 @@ class _Pool:
         """`trees`, put in order on a GPU and read at once: the one time that the host waits."""
         from vllm_eagle.ops.rerank import rerank  # Triton: not installed beside vLLM's CPU wheel
 
-        roots, most_nodes = _sent([r.root_token_id for r in self.requests], self.tokens.device), 1 + max(self._most)
-        best = rerank(roots, self.tokens, self.scores, self.parents, self.budgets, most_nodes, self.depth_limit)
+        roots, most_nodes = _sent([r.root_token_id for r in self.requests], self.tokens.device), 1 + self._config.num_draft_tokens
+        # Limits of the configuration, not of these requests: kernels are compiled for each value of them.
+        best = rerank(roots, self.tokens, self.scores, self.parents, self.budgets, most_nodes, self._config.depth_limit)
         scores = best.scores.view(torch.int32).long()
         packed = torch.cat([best.num_nodes[:, None], best.token_ids, best.parents, scores], 1).cpu().numpy()
         trees = []
@@ -269,11 +271,12 @@ class _BestFrontier:
 
     def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
         """Add children [num_reqs, width, children] of this depth to the pool; returns which of them to expand, if any."""
+        most = self._width if self._widths is None else min(self._width, self._widths[depth - 1])
         if tokens.device.type == "cpu" and native.runs() and not self._fixed_width:
-            places, hopeful = self._pool.grow(depth, confidences, tokens, self._width, self._node_floor)
+            places, hopeful = self._pool.grow(depth, confidences, tokens, most, self._node_floor)
         else:
             self._pool.add(tokens, confidences, (self._pool.max_depths >= depth)[:, None, None])
-            places, hopeful = self.hopeful(depth)
+            places, hopeful = self.hopeful(depth, most)
             if self._fixed_width:
                 return places, hopeful
             width = int((hopeful > NEVER).sum(1).max())
@@ -282,12 +285,11 @@ class _BestFrontier:
             return None
         return places, hopeful
 
-    def hopeful(self, depth: int) -> Chosen:
+    def hopeful(self, depth: int, most: int) -> Chosen:
         """The best nodes of the newest level, best first; minus infinity where they may not be expanded."""
         newest = self._pool.scores[:, self._pool.level_start :]
         newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
-        most = self._width if self._widths is None else self._widths[depth - 1]
-        scores, places = newest.topk(min(self._width, most, newest.shape[1]), dim=1)
+        scores, places = newest.topk(min(most, newest.shape[1]), dim=1)
         hopeful = scores > self._pool.nth_best().clamp(min=self._node_floor)[:, None]
         return places, scores.where(hopeful, NEVER)
 

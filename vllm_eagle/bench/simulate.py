@@ -83,10 +83,11 @@ def with_budget(
     trees: Sequence[Recorded],
     target: CostCurve,
     head: CostCurve,
-    num_requests: int,
+    num_requests: int | Sequence[int],
     num_draft_tokens: int,
     depth_limit: int,
     hidden_s: float = 0.0,
+    hidden_tree_s: float = 0.0,
     noise: float = 0.0,
 ) -> dict[str, float]:
     """Tokens per second, nodes per request and levels, after the budget has learned.
@@ -95,28 +96,33 @@ def with_budget(
         trees: what is drafted, and what becomes of it.
         target: seconds of its passes; the budget knows them.
         head: likewise.
-        num_requests: in every step.
+        num_requests: in every step, or step by step; the second half counts.
         num_draft_tokens: most nodes of a request.
         depth_limit: most levels.
         hidden_s: what a pass with drafts takes besides; the budget has to find out.
+        hidden_tree_s: and for each tree in it.
         noise: standard deviation of the logarithm of what passes take, as the budget sees it.
     """
     # Its own curves: it corrects them.
     budget = Budget(_copy(target), _copy(head), num_draft_tokens, depth_limit)
-    steps = max(_FEWEST_STEPS, min(_STEPS, _TREES // num_requests))
+    if isinstance(num_requests, int):
+        num_requests = [num_requests] * max(_FEWEST_STEPS, min(_STEPS, _TREES // num_requests))
+    steps, most = len(num_requests), max(num_requests)
     generator = np.random.default_rng(0)
     order = generator.permutation(len(trees))
     # Of each request: tokens so far, which end at some length, and tokens that the head has not seen.
-    lengths, missed = generator.integers(_LENGTH, size=num_requests), np.zeros(num_requests, np.int64)
+    lengths, missed = generator.integers(_LENGTH, size=most), np.zeros(most, np.int64)
     tokens = seconds = nodes = levels = 0.0
-    for step in range(steps):
+    for step, number in enumerate(num_requests):
         if step == steps // 2:
             tokens = seconds = nodes = levels = 0.0
-        plan = budget.plan(num_requests)
-        missed += 1
-        drafting = np.flatnonzero(missed <= plan.most_missed)[: plan.most_requests] if plan.depth else missed[:0]
-        drawn = [trees[order[(step * num_requests + i) % len(trees)]] for i in drafting]
-        kept, drafting_s, emitted = [0] * len(drawn), 0.0, np.ones(num_requests, np.int64)
+        plan = budget.plan(number)
+        missed[:number] += 1
+        by_missed = np.argsort(missed[:number], kind="stable")
+        drafting = by_missed[missed[by_missed] <= plan.most_missed][: plan.most_requests] if plan.depth else by_missed[:0]
+        drawn = [trees[order[(step * number + i) % len(trees)]] for i in drafting]
+        kept, drafting_s, emitted = [0] * len(drawn), 0.0, np.zeros(most, np.int64)
+        emitted[:number] = 1
         seen_s = generator.lognormal(sigma=noise) if noise else 1.0
         if drawn:
             rows: list[int] = []
@@ -135,21 +141,23 @@ def with_budget(
                 [of[places] for of, places in zip(each, chosen, strict=True)]
                 for each in ([tree.scores for tree in drawn], [tree.depths for tree in drawn])
             )
-            kept = budget.keep(scores, depths, plan.depth, num_requests)
+            kept = budget.keep(scores, depths, plan.depth, number)
             drafting_s = first_s + levels_s
-            for request, tree, places, number in zip(drafting, drawn, chosen, kept, strict=True):
-                accepted = np.isin(places[:number], tree.path)
+            for request, tree, places, count in zip(drafting, drawn, chosen, kept, strict=True):
+                accepted = np.isin(places[:count], tree.path)
                 emitted[request] += accepted.sum()
-                budget.calibration.update(tree.scores[places[:number]], accepted)
-        missed += emitted - 1
+                budget.calibration.update(tree.scores[places[:count]], accepted)
+        missed[:number] += emitted[:number] - 1
         lengths += emitted
         ended = lengths >= _LENGTH  # others take their places, and the head sees their prompts at once
         lengths[ended], missed[ended] = 0, 0
-        pass_s = float(target(np.array(num_requests + sum(kept)))) + (hidden_s if sum(kept) else 0.0)
-        budget.saw_pass(pass_s * seen_s, num_requests + sum(kept), sum(kept) > 0)
+        pass_s = float(target(np.array(number + sum(kept))))
+        if sum(kept):
+            pass_s += hidden_s + hidden_tree_s * np.count_nonzero(kept)
+        budget.saw_pass(pass_s * seen_s, number + sum(kept), sum(kept) > 0)
         tokens += emitted.sum()
         seconds += drafting_s + pass_s
-        nodes += sum(kept) / num_requests
+        nodes += sum(kept) / number
     measured = steps - steps // 2
     return {"tokens_per_s": tokens / seconds, "nodes": nodes / measured, "levels": levels / measured}
 

@@ -28,6 +28,7 @@ from vllm_eagle.bench.sustained import Answer, Ask
 
 PLAIN = "plain"
 _FEWEST = 8  # answers in a round
+_SWEEP = (2, 4, 8)  # nodes of fixed trees, if asked for; `fixed` has as many as `trees` may have
 _SETTLE_S = 1.5  # after its last step a server of vLLM polls for a second, on a core that the next one needs
 
 
@@ -54,7 +55,7 @@ class Settings:
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Engine arguments by name; `trees` is what users get by default."""
+    """Engine arguments by name; `trees` is what users get by default, `fixedN` trees of at most N nodes without the budget."""
 
     own = partial(ours, settings.head, settings.num_draft_tokens)
     named: dict[str, dict[str, Any]] = {PLAIN: {}}
@@ -66,10 +67,12 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
     named["static"] = own(mode="static", budget=False)
     named["fixed"] = own(budget=False)
     named["trees"] = own()
+    usual = list(named)
+    named |= {f"fixed{size}": ours(settings.head, size, budget=False) for size in _SWEEP}
     unknown = [name for name in settings.only or [] if name not in named]
     if unknown:
         raise ValueError(f"--only: unknown variant {', '.join(unknown)}; known: {', '.join(named)}")
-    return {name: options for name, options in named.items() if not settings.only or name in (PLAIN, *settings.only)}
+    return {name: named[name] for name in named if name in ((PLAIN, *settings.only) if settings.only else usual)}
 
 
 def run(settings: Settings, out: Path | None) -> int:
@@ -89,16 +92,20 @@ def run(settings: Settings, out: Path | None) -> int:
         if settings.replay is not None:
             target, head = write_pair(Path(folder), settings.replay)
             settings = replace(settings, model=str(target), head=str(head))
-        result = measure(settings, encode_prompts(settings.model, settings.prompts), variants(settings))
+        save = None if out is None else partial(throughput_report.write, folder=out)
+        result = measure(settings, encode_prompts(settings.model, settings.prompts), variants(settings), save)
     print(throughput_report.table(result))
-    if out is not None:
-        throughput_report.write(result, out)
     print(json.dumps(result))
     return 0
 
 
-def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the JSON holds."""
+def measure(
+    settings: Settings,
+    prompts: list[list[int]],
+    chosen: dict[str, dict[str, Any]],
+    save: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """What the JSON holds; `save` is given what there is of it after each number of requests, so that a run cut short leaves that."""
     import torch
     import vllm
 
@@ -125,21 +132,31 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
             start = _server if settings.http else _engine
             variants[name], memory[name] = stack.enter_context(start(settings.model, common | options))
             variants[name](_asks(settings, prompts, 2, 0), 2)
-        by_concurrency = {}
+        shown = {"model": Path(settings.model).name, "head": Path(settings.head).name, "prompts": str(settings.prompts or "built in")}
+        result: dict[str, Any] = {
+            "concurrency": {},
+            "settings": asdict(settings) | shown,
+            "cores": os.cpu_count(),
+            "machine": torch.cuda.get_device_name() if on_gpu else _cpu(),
+            "versions": {"vllm": vllm.__version__, "python": platform.python_version()},
+        }
         for number in settings.concurrency:
             rounds = [_round(variants, settings, prompts, number, turn) for turn in range(settings.rounds)]
-            by_concurrency[str(number)] = {name: _summary(rounds, name) for name in variants}
-            _progress(number, by_concurrency[str(number)])
-        mebibytes = {name: look() >> 20 for name, look in memory.items()}
-    return {
-        "concurrency": by_concurrency,
-        "memory_mib": mebibytes,
-        "settings": asdict(settings)
-        | {"model": Path(settings.model).name, "head": Path(settings.head).name, "prompts": str(settings.prompts or "built in")},
-        "cores": os.cpu_count(),
-        "machine": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "versions": {"vllm": vllm.__version__, "python": platform.python_version()},
-    }
+            result["concurrency"][str(number)] = {name: _summary(rounds, name) for name in variants}
+            result["memory_mib"] = {name: look() >> 20 for name, look in memory.items()}
+            _progress(number, result["concurrency"][str(number)])
+            if save is not None:
+                save(result)
+    return result
+
+
+def _cpu() -> str:
+    """Its name, and what of it decides how many tokens a pass holds for nothing."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    known = {name.strip(): value.split() for name, value in found.items()}
+    fast = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in known.get("flags", [])]
+    return " ".join([*(known.get("model name") or [platform.machine()]), *fast])
 
 
 @contextmanager

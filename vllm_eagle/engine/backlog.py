@@ -29,6 +29,7 @@ class Backlog:
     def __init__(self, most_tokens: int):
         self._most_tokens = most_tokens
         self._pieces: dict[str, list[Piece]] = {}
+        self._waiting: dict[str, int] = {}  # tokens of them
         self._lost: set[str] = set()
         self.num_tokens = 0
 
@@ -41,6 +42,7 @@ class Backlog:
             self._lost.add(req_id)
             return
         self._pieces.setdefault(req_id, []).append(piece)
+        self._waiting[req_id] = self.waiting(req_id) + len(piece)
         self.num_tokens += len(piece)
 
     def is_lost(self, req_id: str) -> bool:
@@ -49,13 +51,12 @@ class Backlog:
 
     def waiting(self, req_id: str) -> int:
         """Tokens of a request that the head has not seen yet."""
-        return sum(map(len, self._pieces.get(req_id, [])))
+        return self._waiting.get(req_id, 0)
 
     def take(self, req_id: str) -> list[Piece]:
         """What the head has to see before it sees the request's newest tokens; from here on it has."""
-        pieces = self._pieces.pop(req_id, [])
-        self.num_tokens -= sum(map(len, pieces))
-        return pieces
+        self.num_tokens -= self._waiting.pop(req_id, 0)
+        return self._pieces.pop(req_id, [])
 
     def forget(self, req_id: str) -> None:
         """The request has ended, or the target computes it anew from its first token."""

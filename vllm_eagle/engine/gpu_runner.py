@@ -10,7 +10,8 @@ depth d the host waits for the GPU
   (draft.py), so nothing is asked in between;
 - twice per level if a grammar constrains a request that drafts.
 
-So twice where all is greedy, and up to d times more where requests sample; tests/test_draft.py holds that growth reads nothing.
+So twice where all is greedy, once more if no draft was accepted, and up to d times more where requests sample; tests/test_draft.py
+holds that growth reads nothing, the rest was read, not run.
 Besides, every sampled request costs a launch per level for its coming noise (noise_rows.py), as it costs vLLM one per sampled token.
 
 What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
@@ -42,6 +43,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_eagle import draft
 from vllm_eagle.attention.rows import TreeRows
 from vllm_eagle.engine.proposer import BACKLOG_BYTES
 from vllm_eagle.engine.runner import EagleTreeRunner
@@ -78,6 +80,15 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
         """Launch the kernels in the variants that steps will want, so that no request waits for their compilation."""
         from vllm_eagle.ops.move_slots import move_accepted
 
+        logits = torch.zeros(1, self.model_config.get_vocab_size(), dtype=self.dtype, device=self.device)
+        for noise in (None, logits.float()):
+            draft.grow(
+                [draft.Request(0, self.tree_config.num_draft_tokens)],
+                logits,
+                lambda level: logits.expand(1, level.token_ids.shape[1], -1),
+                self.tree_config,
+                None if noise is None else lambda depth, noise=noise: noise,
+            )
         one = torch.ones(1, dtype=torch.int64, device=self.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)  # vLLM's null block
         for caches in self._caches.values():

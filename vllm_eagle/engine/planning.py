@@ -73,8 +73,9 @@ class DraftPlanning(GPUModelRunner):
         finally:
             self.drafter.measuring_target = False
         head = costs.measure(head_pass, self.most_nodes)
-        target, head = (costs.agreed(curve) for curve in (target, head))
-        self.budget = Budget(target, head, self.tree_config.num_draft_tokens, self.tree_config.depth_limit)
+        committed = costs.measure(self.drafter.dummy_run, self.max_num_tokens)
+        target, head, committed = (costs.agreed(curve) for curve in (target, head, committed))
+        self.budget = Budget(target, head, self.tree_config.num_draft_tokens, self.tree_config.depth_limit, committed)
         for name, curve in (("target", target), ("head", head)):
             logger.info("Draft trees: milliseconds of a pass of the %s by tokens in it: %s", name, curve)
 
@@ -83,9 +84,10 @@ class DraftPlanning(GPUModelRunner):
         if self.budget is not None:
             scores, depths = [tree.scores[1:] for tree in trees.values()], [x[1:] for x in depths_of(list(trees.values()))]
             numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
-            trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
             if self._fixed_width and trees:
-                self.budget.saw_trees(inner_nodes(list(trees.values()), self.tree_config.depth_limit) / len(trees))
+                inner = inner_nodes(list(trees.values()), self.tree_config.depth_limit) / len(trees)
+                self.budget.saw_trees(inner, self._drafting.depth)
+            trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
             self.tree_metrics.count_decision("tree" if tree.num_nodes > 1 else "budget")
@@ -108,8 +110,11 @@ class DraftPlanning(GPUModelRunner):
             self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, has_drafts)
         if (drafter := self.drafter).num_drafting:
             depth = self._drafting.depth
-            rows = drafter.first_rows, levels_s, drafter.num_drafting, drafter.level_rows
-            self.budget.saw_drafting(draft_s - levels_s, *rows, depth)
+            if self._fixed_width:  # the host only launches the first pass, and waits for everything later
+                levels_s = draft_s * self.budget.levels_share(drafter.first_rows, drafter.level_rows)
+            self.budget.saw_drafting(
+                draft_s - levels_s, drafter.first_rows, levels_s, drafter.num_drafting, drafter.level_rows, depth
+            )
 
     def _plan(self, most_draft_tokens: int) -> DraftPlan:
         """What to draft for the next step."""
@@ -134,7 +139,10 @@ class DraftPlanning(GPUModelRunner):
         requests: dict[int, Request] = {}
         room_for = self.most_level_rows // self.tree_config.level_width
         most_requests = min(room_for, self._drafting.most_requests or room_for)
-        for row, req_id in enumerate(self.input_batch.req_ids):
+        rows = list(enumerate(self.input_batch.req_ids))
+        if self._drafting.most_requests is not None:  # those that cost the head least
+            rows.sort(key=lambda place: self.drafter.missed(place[1]))
+        for row, req_id in rows:
             if self.discard_request_mask.np[row]:
                 continue
             options = self._options[req_id]
@@ -161,7 +169,7 @@ class DraftPlanning(GPUModelRunner):
                     max_depth=min(options.max_depth, self._drafting.depth),
                     topk=1 if self._grammars.drafts_chain(req_id) else options.topk,
                 )
-        return requests
+        return dict(sorted(requests.items()))
 
     def _room(self, row: int, most_draft_tokens: int) -> int:
         """How many draft tokens a request can use: its last token needs none, and slots end at the model's length."""
