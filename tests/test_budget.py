@@ -280,7 +280,8 @@ def test_what_passes_with_drafts_cost_besides_tells_against_drafting() -> None:
     for _ in range(200):
         made.saw_pass(0.02, 4, has_drafts=False)
         made.saw_pass(0.12, 16, has_drafts=True)
-    assert made.drafts_s == pytest.approx(0.1, rel=0.1)
+    assert made.drafts_s > 0.08  # the rest is taken for the price of more tokens
+    assert made.drafts_s + float(made.target(np.array(16))) == pytest.approx(0.12, rel=0.05)
     assert float(made.target(np.array(4))) == pytest.approx(0.02, rel=0.1)
     assert settled(made).depth == 0
 

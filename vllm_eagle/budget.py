@@ -323,7 +323,7 @@ class Budget:
         self._passes_since_plain += 1
         pass_s = float(self.target(np.array(num_tokens)))
         error_s = min(seconds, _OUTLIER * (pass_s + self.drafts_s)) - pass_s
-        self.target.correct(num_tokens, max(seconds - self.drafts_s, seconds / _OUTLIER), 1 - fresh)
+        self.target.correct(num_tokens, max(seconds - self.drafts_s, 1e-9), 1 - fresh)
         self.drafts_s = max(0.0, self.drafts_s + _FAST_STEP * fresh * (error_s - self.drafts_s))
 
     def saw_drafting(
