@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests import reference
 from vllm_eagle import native
 from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import NEVER, Level, Request, _grown, _Ranker, grow
+from vllm_eagle.draft import NEVER, Level, Limits, Request, _grown, _Ranker, grow
 from vllm_eagle.noise import gumbel
 from vllm_eagle.shapes import StaticShape, best_static_shape
 from vllm_eagle.tree import DraftTree, inner_nodes
@@ -132,7 +132,7 @@ def test_nodes_below_the_floor_get_no_children(floor: float) -> None:
     trees = []
     for bound in (-math.inf, floor):
         head = TableHead(1, 5, 1.0)
-        trees += grow([Request(7, 60)], head.root_logits(), head, config, node_floor=bound)
+        trees += grow([Request(7, 60)], head.root_logits(), head, config, limits=Limits(node_floor=bound))
     everything, few = trees
     kept = {path for path in paths_of(everything) if len(path) == 1 or parent_score(everything, path) > floor}
     assert paths_of(few).keys() >= kept
@@ -154,7 +154,7 @@ def test_growth_stops_where_it_is_told_not_to_pay() -> None:
         return len(asked) < 3
 
     head = TableHead(2, 3, 1.0)
-    trees = grow([Request(7, 20), Request(8, 0)], head.root_logits(), head, TreeConfig(max_depth=8), pays=pays)
+    trees = grow([Request(7, 20), Request(8, 0)], head.root_logits(), head, TreeConfig(max_depth=8), limits=Limits(pays=pays))
     assert [int(tree.depths.max()) for tree in trees] == [3, 0]
     assert len(asked) == 3
     best = max(score for path, score in paths_of(trees[0]).items() if len(path) == 3)
@@ -274,7 +274,7 @@ def test_levels_of_fixed_width_make_the_same_trees(seed: int, num_draft_tokens: 
     requests = [Request(9, num_draft_tokens), Request(9, 0), Request(9, num_draft_tokens, topk=1), Request(9, 5, max_depth=2)]
     heads = [TableHead(len(requests), seed) for _ in range(2)]
     asked, blind = (
-        grow(requests, head.root_logits(), head, config, node_floor=node_floor, fixed_width=fixed)
+        grow(requests, head.root_logits(), head, config, limits=Limits(node_floor, fixed_width=fixed))
         for head, fixed in zip(heads, (False, True), strict=True)
     )
     for one, other in zip(asked, blind, strict=True):
@@ -287,7 +287,7 @@ def test_widths_limit_what_is_expanded() -> None:
     config = TreeConfig(30, topk=3, max_depth=4)
     heads = [TableHead(1, 0) for _ in range(2)]
     for head, widths in zip(heads, ([3, 3, 3, 3], [1, 2, 1, 1]), strict=True):
-        (tree,) = grow([Request(9, 30)], head.root_logits(), head, config, fixed_width=True, widths=widths)
+        (tree,) = grow([Request(9, 30)], head.root_logits(), head, config, limits=Limits(widths=widths, fixed_width=True))
         assert [len(level) for level in head.rows[0][1:]] == widths[:3]
         assert (inner_nodes([tree], 4) <= widths).all()
 
@@ -296,17 +296,21 @@ def test_widths_limit_what_is_expanded() -> None:
 def test_growth_of_fixed_width_reads_nothing_that_was_drafted(mode: str) -> None:
     """Fake tensors have no values: whatever the host asks for raises."""
     config, requests = TreeConfig(16, mode=mode), [Request(9, 16), Request(9, 5, topk=2)]
-    grown = partial(_grown, requests, config=config, node_floor=-1.0, pays=None, widths=None)
+    limits = Limits(node_floor=-1.0, fixed_width=True)
     noise = torch.zeros(2, VOCAB)
     # The C++ operators run on CPU tensors alone, as the choice of children on a GPU is a kernel.
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
         patch.setattr(native, "runs", lambda: False)
         logits = torch.zeros(2, VOCAB)
-        pool = grown(logits, lambda level: torch.zeros(*level.token_ids.shape, VOCAB), noise_at=lambda depth: noise, fixed_width=True)
+
+        def head(level: Level) -> torch.Tensor:
+            return torch.zeros(*level.token_ids.shape, VOCAB)
+
+        pool = _grown(requests, logits, head, config, lambda depth: noise, limits)
         assert pool.tokens.shape[1] > 2
         if mode == "dynamic":
             with pytest.raises(DataDependentOutputException):
-                grown(logits, lambda level: torch.zeros(*level.token_ids.shape, VOCAB), noise_at=None, fixed_width=False)
+                _grown(requests, logits, head, config, None, replace(limits, fixed_width=False))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
@@ -317,7 +321,7 @@ def test_trees_read_off_a_device_are_those_of_the_host(seed: int, monkeypatch: p
     monkeypatch.setattr(rerank, "rerank", rerank.reference)
     config = TreeConfig(12, topk=3, max_depth=4)
     requests, head = [Request(9, 12), Request(8, 0), Request(7, 4)], TableHead(3, seed)
-    pool = _grown(requests, head.root_logits(), head, config, None, -1.0, None, True, None)
+    pool = _grown(requests, head.root_logits(), head, config, None, Limits(-1.0, fixed_width=True))
     for one, other in zip(pool.trees(), pool._trees_of_device(), strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.parents.tolist() == other.parents.tolist()

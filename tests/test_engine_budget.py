@@ -49,15 +49,13 @@ def test_tokens_are_the_same_with_the_budget(expected: list[list[list[int]]], he
         assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
 
 
-def test_tokens_are_the_same_with_levels_of_fixed_width(
-    expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_the_same_with_levels_of_fixed_width(expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: how wide levels are is known before them, from trees of earlier steps."""
     widths: list[list[int]] = []
 
-    def grow(*args: Any, **options: Any) -> list[DraftTree]:
-        widths.append(options["widths"])
-        return draft.grow(*args, **options, fixed_width=True)
+    def grow(*args: Any) -> list[DraftTree]:
+        widths.append(args[-1].widths)
+        return draft.grow(*args[:-1], replace(args[-1], fixed_width=True))
 
     monkeypatch.setattr(proposer, "grow", grow)
     monkeypatch.setattr(DraftPlanning, "_fixed_width", True)

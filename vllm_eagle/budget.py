@@ -184,7 +184,7 @@ class Budget:
         self.drafts_s = 0.0  # what a target pass takes longer than one of as many tokens without drafts: their attention, the walk
         self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
         self._depth_limit = depth_limit
-        # [depth - 1, i] probability of the i-th best nodes of all requests together, among those not deeper than `depth`, a cell for
+        # [depth - 1, i] probability of the i-th best nodes of all requests together, of those not deeper than `depth`; a cell for
         # every _PER_NODE-th part of a node per request. Hopeful at first.
         cells = np.arange(num_draft_tokens).repeat(self._PER_NODE)
         self._profile = np.stack([np.where(cells < 2 * depth, 0.7 ** (cells + 1.0), 0.0) for depth in range(1, depth_limit + 1)])
@@ -308,7 +308,7 @@ class Budget:
         self._inner[few] += self._FADE * (inner[few] - self._inner[few])
 
     def widths(self, most: int) -> list[int]:
-        """How many nodes per request to expand at depth 1, 2, ... where that is said before they are known: twice what was useful."""
+        """How many nodes per request to expand at depth 1, 2, ..., where that is said before they are known: twice the useful."""
         return np.clip(np.ceil(2 * self._inner), 1, most).astype(int).tolist()
 
     def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
@@ -329,8 +329,8 @@ class Budget:
     def saw_drafting(
         self, first_s: float, first_rows: int, levels_s: float, num_requests: int, rows: Sequence[int], depth: int
     ) -> None:
-        """Drafting for some requests took `first_s` up to the first level, in which the head ran over `first_rows` committed tokens,
-        then `levels_s`, in which it ran over `rows` nodes, level by level; `depth` levels were allowed.
+        """Drafting for some requests took `first_s` up to the first level, in which the head ran over `first_rows` committed
+        tokens, then `levels_s`, in which it ran over `rows` nodes, level by level; `depth` levels were allowed.
         """
         head_s = float(self._committed(np.array(first_rows)))
         self.first_s += _FAST_STEP * (min(max(first_s - head_s, 0.0), _OUTLIER * (self.first_s + head_s)) - self.first_s)

@@ -14,9 +14,9 @@ Two things differ from EAGLE-2:
 
 Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
 
-On a GPU the host must not wait for what was drafted, so there levels are as many as requests allow and as wide as is said before them
-(`fixed_width`, `widths`), and the finished trees, put in order there, are read at once. Where the widths suffice they are the same
-trees: what is drafted needlessly does not enter them.
+On a GPU the host must not wait for what was drafted. There levels are as many as requests allow and as wide as is said before them
+(`Limits`); the finished trees, put in order on the device, are read at once. Where the widths suffice they are the same trees: what
+is drafted needlessly does not enter them.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,21 +58,28 @@ Pays = Callable[[np.ndarray], bool]  # scores [num_reqs, num_nodes] of the newes
 NoiseAt = Callable[[int], torch.Tensor]  # depth of the drafted token -> noise [num_reqs, vocab], zero for greedy requests
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends the growth of dynamic trees early, where it could not pay."""
+
+    node_floor: float = NEVER  # nodes with no higher score get no children
+    pays: Pays | None = None  # whether to go on after a level; None: as long as nodes may enter a tree
+    widths: Sequence[int] | None = None  # most nodes to expand per request at depth 1, 2, ...
+    fixed_width: bool | None = None  # let what is drafted decide nothing, `pays` included; None: on GPUs
+
+
 def grow(
     requests: list[Request],
     root_logits: torch.Tensor,  # [num_reqs, vocab], the head's logits after the root
     run_head: RunHead,
     config: TreeConfig,
     noise_at: NoiseAt | None = None,  # None: uncoupled
-    node_floor: float = NEVER,  # of dynamic trees: nodes with no higher score get no children
-    pays: Pays | None = None,  # of dynamic trees: whether to go on after such a level; None: as long as nodes may enter a tree
-    fixed_width: bool | None = None,  # of dynamic trees: let what is drafted decide nothing, `pays` included; None: on GPUs
-    widths: Sequence[int] | None = None,  # of dynamic trees: most nodes to expand per request at depth 1, 2, ...
+    limits: Limits = Limits(),
 ) -> list[DraftTree]:
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     if not requests:
         return []
-    return _grown(requests, root_logits, run_head, config, noise_at, node_floor, pays, fixed_width, widths).trees()
+    return _grown(requests, root_logits, run_head, config, noise_at, limits).trees()
 
 
 def _grown(
@@ -81,21 +88,12 @@ def _grown(
     run_head: RunHead,
     config: TreeConfig,
     noise_at: NoiseAt | None,
-    node_floor: float,
-    pays: Pays | None,
-    fixed_width: bool | None,
-    widths: Sequence[int] | None,
+    limits: Limits,
 ) -> "_Pool":
     """All drafted nodes; nothing of them has been read by the host if the width is fixed."""
-    device = root_logits.device
-    fixed_width = device.type != "cpu" if fixed_width is None else fixed_width
-    pool = _Pool(requests, config, device)
-    ranker = _Ranker(requests, config.confidence_scale, noise_at is not None, device)
-    frontier = (
-        _StaticFrontier(pool, config)
-        if config.mode == "static"
-        else _BestFrontier(pool, config.children, node_floor, pays, fixed_width, widths)
-    )
+    pool = _Pool(requests, config, root_logits.device)
+    ranker = _Ranker(requests, config.confidence_scale, noise_at is not None, root_logits.device)
+    frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children, limits)
     logits = root_logits[:, None]
     for depth in range(1, pool.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
@@ -257,23 +255,16 @@ Chosen = tuple[torch.Tensor, torch.Tensor]  # places in the newest level, and sc
 class _BestFrontier:
     """Dynamic trees: expand the best nodes of the newest level that could still lead into the tree."""
 
-    def __init__(
-        self,
-        pool: _Pool,
-        width: int,
-        node_floor: float,
-        pays: Pays | None,
-        fixed_width: bool,
-        widths: Sequence[int] | None,
-    ):
-        self._pool, self._width, self._fixed_width, self._widths = pool, width, fixed_width, widths
-        self._node_floor, self._pays = node_floor, pays
+    def __init__(self, pool: _Pool, width: int, limits: Limits):
+        self._pool, self._width, self._limits = pool, width, limits
+        self._fixed_width = pool.tokens.device.type != "cpu" if limits.fixed_width is None else limits.fixed_width
 
     def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
         """Add children [num_reqs, width, children] of this depth to the pool; returns which of them to expand, if any."""
-        most = self._width if self._widths is None else min(self._width, self._widths[depth - 1])
+        limits = self._limits
+        most = self._width if limits.widths is None else min(self._width, limits.widths[depth - 1])
         if tokens.device.type == "cpu" and native.runs() and not self._fixed_width:
-            places, hopeful = self._pool.grow(depth, confidences, tokens, most, self._node_floor)
+            places, hopeful = self._pool.grow(depth, confidences, tokens, most, limits.node_floor)
         else:
             self._pool.add(tokens, confidences, (self._pool.max_depths >= depth)[:, None, None])
             places, hopeful = self.hopeful(depth, most)
@@ -281,7 +272,7 @@ class _BestFrontier:
                 return places, hopeful
             width = int((hopeful > NEVER).sum(1).max())
             places, hopeful = places[:, :width], hopeful[:, :width]
-        if not places.shape[1] or (self._pays is not None and not self._pays(hopeful.cpu().numpy())):
+        if not places.shape[1] or (limits.pays is not None and not limits.pays(hopeful.cpu().numpy())):
             return None
         return places, hopeful
 
@@ -290,7 +281,7 @@ class _BestFrontier:
         newest = self._pool.scores[:, self._pool.level_start :]
         newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
         scores, places = newest.topk(min(most, newest.shape[1]), dim=1)
-        hopeful = scores > self._pool.nth_best().clamp(min=self._node_floor)[:, None]
+        hopeful = scores > self._pool.nth_best().clamp(min=self._limits.node_floor)[:, None]
         return places, scores.where(hopeful, NEVER)
 
 

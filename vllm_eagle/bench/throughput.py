@@ -105,7 +105,7 @@ def measure(
     chosen: dict[str, dict[str, Any]],
     save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """What the JSON holds; `save` is given what there is of it after each number of requests, so that a run cut short leaves that."""
+    """What the JSON holds; `save` is given what there is of it after each number of requests: a run cut short leaves that."""
     import torch
     import vllm
 
@@ -132,7 +132,11 @@ def measure(
             start = _server if settings.http else _engine
             variants[name], memory[name] = stack.enter_context(start(settings.model, common | options))
             variants[name](_asks(settings, prompts, 2, 0), 2)
-        shown = {"model": Path(settings.model).name, "head": Path(settings.head).name, "prompts": str(settings.prompts or "built in")}
+        shown = {
+            "model": Path(settings.model).name,
+            "head": Path(settings.head).name,
+            "prompts": str(settings.prompts or "built in"),
+        }
         result: dict[str, Any] = {
             "concurrency": {},
             "settings": asdict(settings) | shown,

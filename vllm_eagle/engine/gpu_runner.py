@@ -11,8 +11,8 @@ depth d the host waits for the GPU
 - twice per level if a grammar constrains a request that drafts.
 
 So twice where all is greedy, once more if no draft was accepted, and up to d times more where requests sample; tests/test_draft.py
-holds that growth reads nothing, the rest was read, not run.
-Besides, every sampled request costs a launch per level for its coming noise (noise_rows.py), as it costs vLLM one per sampled token.
+holds that growth reads nothing, the rest was read, not run. Besides, every sampled request costs a launch per level for its coming
+noise (noise_rows.py), as it costs vLLM one per sampled token.
 
 What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
 

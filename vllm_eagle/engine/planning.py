@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_eagle.budget import Budget, Plan
 from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import Request
+from vllm_eagle.draft import Limits, Request
 from vllm_eagle.engine import costs
 from vllm_eagle.engine.costs import StepClock
 from vllm_eagle.engine.grammar import TreeGrammars
@@ -121,13 +121,13 @@ class DraftPlanning(GPUModelRunner):
         for row in self._prompt_rows:  # computed anew from the start, if the head has missed something of it
             self.drafter.forget(self.input_batch.req_ids[row])
         num_decoding = self._num_decoding
-        self._drafting, pays = Plan(self.tree_config.depth_limit), None
+        self._drafting, limits = Plan(self.tree_config.depth_limit), Limits()
         if self.budget is not None and num_decoding:
             self._drafting = plan = self.budget.plan(num_decoding)
-            pays = partial(self.budget.pays, plan)
+            widths = self.budget.widths(self.tree_config.children) if self._fixed_width else None
+            limits = Limits(plan.node_floor, partial(self.budget.pays, plan), widths)
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
-        widths = self.budget.widths(self.tree_config.children) if self.budget is not None and self._fixed_width else None
-        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), self._drafting.node_floor, pays, widths)
+        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), limits)
 
     @property
     def _fixed_width(self) -> bool:

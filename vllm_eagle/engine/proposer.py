@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import Level, NoiseAt, Pays, Request, grow
+from vllm_eagle.draft import Level, Limits, NoiseAt, Request, grow
 from vllm_eagle.engine.backlog import Backlog
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.first_pass import FirstPass, catching_up, divide
@@ -40,10 +40,7 @@ class DraftPlan:
     req_ids: list[str]  # by row in the batch
     requests: dict[int, Request]  # those that get a tree, by row
     rows_now: list[int]  # rising; over whose newest tokens the head is run: those, and prompts
-    # See `grow`.
-    node_floor: float
-    pays: Pays | None
-    widths: list[int] | None
+    limits: Limits
 
 
 class EagleTreeProposer(EagleProposer):
@@ -166,9 +163,7 @@ class EagleTreeProposer(EagleProposer):
                 lambda level: filters(constraints.level(level, level_pass(level))),
                 self._config,
                 self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
-                step.node_floor,
-                step.pays,
-                widths=step.widths,
+                step.limits,
             )
             if level_pass.started_s is not None:
                 self.levels_s = time.perf_counter() - level_pass.started_s
