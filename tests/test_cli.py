@@ -30,6 +30,19 @@ def test_compare_finds_identical_tokens_and_writes_json(tmp_path: Path) -> None:
     assert result["tau"]["tree16"] > 1
 
 
+def test_who_has_seen_enough_may_stop_reading() -> None:
+    """As `head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, "-m", "vllm_eagle.cli", "doctor", "--matrix"]
+        done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    finally:
+        os.close(write)
+    assert done.returncode == 141
+    assert "BrokenPipe" not in done.stderr
+
+
 def test_doctor_finds_nothing_wrong_here() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout

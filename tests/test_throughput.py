@@ -77,7 +77,9 @@ def test_measured(http: bool) -> None:
     """Engines in processes of their own, on a model for which times mean nothing; answers do."""
     chosen = settings(max_tokens=20, concurrency=(3,), rounds=2, temperature=1.0, only=["trees"], http=http, enforce_eager=True)
     prompts = [list(range(10 + i, 40 + i)) for i in range(8)]
-    result = measure(chosen, prompts, variants(chosen))
+    saved: list[list[str]] = []
+    result = measure(chosen, prompts, variants(chosen), lambda found: saved.append(list(found["concurrency"])))
+    assert saved == [["3"]]  # a run that is cut short leaves what it has
     found = result["concurrency"]["3"]["trees"]
     assert (found["identical"], found["answers"]) == (24, 24)
     assert found["tau"] > 1.0
