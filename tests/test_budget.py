@@ -216,6 +216,24 @@ def test_trees_shrink_as_load_grows() -> None:
     assert nodes[-1] < 3
 
 
+def test_where_prompts_come_often_fewer_drafts_pay() -> None:
+    """Beside a prompt the pass is bound by arithmetic: a draft costs as much as a token that is sure."""
+    roofline = CostCurve([1, 256, 1024], [0.02, 0.06, 0.24])
+    often, never = budget(roofline, CHEAP_HEAD), budget(roofline, CHEAP_HEAD)
+    for step in range(300):
+        often.saw_prompts(200 * (step % 2))
+        never.saw_prompts(0)
+    assert settled(often, 16).node_floor > settled(never, 16).node_floor
+    assert often.rates(16).max() / often.rates(16)[0] < 0.8 * never.rates(16).max() / never.rates(16)[0]
+    scores, depths = tree()
+    fewer, more = (sum(made.keep([scores] * 16, [depths] * 16, 8, 16)) for made in (often, never))
+    assert fewer < 0.8 * more
+    for _ in range(300):
+        often.saw_prompts(100)  # a prompt in every pass
+    assert settled(often, 16).depth == 0
+    assert sum(often.keep([scores - 0.3] * 16, [depths] * 16, 8, 16)) == 0
+
+
 def test_sure_requests_get_the_nodes_of_hopeless_ones() -> None:
     made = budget(CostCurve([1, 16, 1024], [0.02, 0.02, 1.3]), CHEAP_HEAD)
     scores, depths = tree()

@@ -8,7 +8,7 @@ Numbers in, numbers out: no clock and no chance, so that ranks which are given t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,14 +121,18 @@ class Calibration:
 
 
 def best_number(
-    probabilities: np.ndarray, num_requests: int, cost: CostCurve, drafting_s: float = 0.0, drafts_s: float = 0.0
+    probabilities: np.ndarray,
+    num_requests: int,
+    cost: Callable[[np.ndarray], np.ndarray],
+    drafting_s: float = 0.0,
+    drafts_s: float = 0.0,
 ) -> tuple[int, float]:
     """How many nodes to verify, and the tokens per second to expect then.
 
     Args:
         probabilities: of all nodes of all requests to be accepted, [num_nodes], falling.
         num_requests: in the pass; each has one token that is no draft and emits one more than it accepts.
-        cost: seconds of a target pass.
+        cost: seconds of a target pass by tokens in it.
         drafting_s: what drafting cost; it is spent whatever is verified.
         drafts_s: what a pass with any draft takes besides.
     """
@@ -155,6 +159,7 @@ class Budget:
     """Decides for one engine. `plan` says what to draft before a step is drafted, `keep` what of it to verify."""
 
     _FADE = 0.05  # how fast the profile follows the last trees
+    _PROMPT_FADE = 0.02  # how fast it is noticed that prompts come more often, or less
     _PER_NODE = 4  # cells of the profile; one request in four may have a node
     _LOOK_EVERY = 4  # steps between two looks at costs and profile, while the number of requests stays the same
     _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
@@ -194,6 +199,7 @@ class Budget:
         self._runs = np.ones(depth_limit)  # [depth] how often there is such a pass where drafting may go so deep
         self._inner = np.full(depth_limit, float(num_draft_tokens))  # [depth - 1] nodes per request of that depth with children
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
+        self._prompt_share, self._prompt_tokens = 0.0, 0.0  # of passes that hold prompts, and how much of them these hold
         self._passes_since_plain = math.inf  # passes with drafts
         self._steps_since_plain, self._plain_for = 0, 0  # steps since nothing was drafted, and for how many requests that was
         self._share = 1.0  # of the requests that do draft where drafting is planned
@@ -244,7 +250,7 @@ class Budget:
         gained_s = (self._gain - 1) * num_requests / float(rates[best])  # by a step
         most_missed = self._PAYS_BACK_IN * gained_s / max(head_token_s, 1e-12)
         rows = num_requests * (1 + float(numbers[best]))
-        row_s = float(np.diff(self.target(np.array([rows - num_requests, rows])))[0]) / num_requests
+        row_s = float(np.diff(self._decoding_s(np.array([rows - num_requests, rows])))[0]) / num_requests
         node_price, level_price = float(rates[best]) * row_s, float(rates[best] * self.head(np.array(num_requests)))
         return Plan(best, None, most_missed, self.calibration.score_of(node_price), node_price, level_price)
 
@@ -261,7 +267,7 @@ class Budget:
         drafting = self._share * num_requests
         levels_s = self._levels_s(drafting)
         nodes = np.arange(self._profile.shape[1] + 1) / self._PER_NODE
-        seconds = self.target(num_requests + drafting * nodes) + self.outside_s + self.drafts_s * (nodes > 0)
+        seconds = self._decoding_s(num_requests + drafting * nodes) + self.outside_s + self.drafts_s * (nodes > 0)
         accepted = np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1) / self._PER_NODE], 1)
         expected = num_requests + drafting * accepted
         # The head runs over what the target commits before it drafts.
@@ -298,7 +304,7 @@ class Budget:
         # A probe is to find out what drafts cost in the target's pass; if it believed that they do not pay, it never would.
         drafts_s = 0.0 if is_probe else self.drafts_s
         spent_s = self.outside_s + self.first_s + drafting_s
-        number, _ = best_number(probabilities.ravel()[order], num_requests, self.target, spent_s, drafts_s)
+        number, _ = best_number(probabilities.ravel()[order], num_requests, self._decoding_s, spent_s, drafts_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
         return counts
 
@@ -310,6 +316,21 @@ class Budget:
     def widths(self, most: int) -> list[int]:
         """How many nodes per request to expand at depth 1, 2, ..., where that is said before they are known: twice the useful."""
         return np.clip(np.ceil(2 * self._inner), 1, most).astype(int).tolist()
+
+    def saw_prompts(self, num_tokens: int) -> None:
+        """A target pass held so many tokens of prompts, or none."""
+        self._prompt_share += self._PROMPT_FADE * ((num_tokens > 0) - self._prompt_share)
+        if num_tokens:
+            self._prompt_tokens += (_FAST_STEP if self._prompt_tokens else 1.0) * (num_tokens - self._prompt_tokens)
+
+    def _decoding_s(self, tokens: np.ndarray) -> np.ndarray:
+        """Seconds that so many tokens of decoding take: a pass, or, beside a prompt, what they add to it.
+
+        The prompt is computed anyway. Beside it there is no waiting for weights that more tokens could share, so drafts cost as much
+        as tokens that are sure: where prompts come often, fewer drafts pay.
+        """
+        beside_s = self.target(self._prompt_tokens + tokens) - self.target(np.array(self._prompt_tokens))
+        return (1 - self._prompt_share) * self.target(tokens) + self._prompt_share * beside_s
 
     def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
         """A target pass over so many tokens, without prompts, took `seconds`."""

@@ -105,6 +105,8 @@ class DraftPlanning(GPUModelRunner):
         gap_s, pass_s, draft_s, levels_s = costs.agree([*self._clock.read(), self.drafter.levels_s])
         if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
             self.budget.saw_gap(gap_s)
+        num_tokens, req_ids = scheduler_output.num_scheduled_tokens, self.input_batch.req_ids
+        self.budget.saw_prompts(sum(num_tokens[req_ids[row]] for row in self._prompt_rows))
         if not self._prompt_rows:
             has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
             self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, has_drafts)
