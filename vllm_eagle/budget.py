@@ -326,8 +326,8 @@ class Budget:
     def _decoding_s(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds that so many tokens of decoding take: a pass, or, beside a prompt, what they add to it.
 
-        The prompt is computed anyway. Beside it there is no waiting for weights that more tokens could share, so drafts cost as much
-        as tokens that are sure: where prompts come often, fewer drafts pay.
+        The prompt is computed anyway. Beside it there is no waiting for weights that more tokens could share, so drafts cost as
+        much as tokens that are sure: where prompts come often, fewer drafts pay.
         """
         beside_s = self.target(self._prompt_tokens + tokens) - self.target(np.array(self._prompt_tokens))
         return (1 - self._prompt_share) * self.target(tokens) + self._prompt_share * beside_s
