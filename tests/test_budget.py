@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_eagle.budget import Budget, Calibration, CostCurve, Plan, best_number
+from vllm_eagle.budget import Budget, CostCurve, Plan, best_number
+from vllm_eagle.calibration import Calibration
 
 FLAT = CostCurve([1, 64], [0.02, 0.02])  # a pass costs the same whatever it holds: memory-bound
 LINEAR = CostCurve([1, 64], [0.001, 0.064])  # every token costs the same: compute-bound

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from vllm_eagle.attention import interface
+from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level
 from vllm_eagle.ops.cases import Attention, attention_inputs
 from vllm_eagle.tree import DraftTree
@@ -258,6 +259,7 @@ def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: py
     runner.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
     runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
     runner._caches = {0: Caches.of([cache])}
+    runner.model_config, runner.tree_config = SimpleNamespace(get_vocab_size=lambda: 40), TreeConfig(16)
     monkeypatch.setattr(tree_attention, "_multiprocessors", lambda device: 132)
     launched = set()
     launch = tree_attention._launch
