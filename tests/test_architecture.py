@@ -19,6 +19,7 @@ ALGORITHM = {
     "compact",
     "metrics",
     "budget",
+    "calibration",
     "native",
     "ops",
 }
