@@ -270,7 +270,7 @@ class Budget:
     def saw_trees(self, inner: np.ndarray, drafted_depth: int) -> None:
         """Trees of that depth had so many nodes with children, per request, of depths 1, 2, ...; [depth_limit] float."""
         few = slice(drafted_depth - 1)  # nodes of the last level have none
-        fade = np.where(self._inner[few] >= self._profile.shape[1] / self._PER_NODE, 1.0, self._FADE)  # the first one counts in full
+        fade = np.where(self._inner[few] >= self._profile.shape[1] / self._PER_NODE, 1.0, self._FADE)  # the first one in full
         self._inner[few] += fade * (inner[few] - self._inner[few])
 
     def widths(self, most: int) -> list[int]:
