@@ -62,6 +62,10 @@ class DraftPlanning(GPUModelRunner):
                 self.model.compute_logits(hidden[:num_tokens])
             self._sync_device()
 
+        def committed_pass(num_tokens: int) -> None:
+            self.drafter.dummy_run(num_tokens)
+            self._sync_device()
+
         def head_pass(num_tokens: int) -> None:
             self.drafter.dummy_run(num_tokens)
             self.drafter.model.compute_logits(self.drafter.hidden_states[:num_tokens])
@@ -73,7 +77,7 @@ class DraftPlanning(GPUModelRunner):
         finally:
             self.drafter.measuring_target = False
         head = costs.measure(head_pass, self.most_nodes)
-        committed = costs.measure(self.drafter.dummy_run, self.max_num_tokens)
+        committed = costs.measure(committed_pass, self.most_nodes)
         target, head, committed = (costs.agreed(curve) for curve in (target, head, committed))
         self.budget = Budget(target, head, self.tree_config.num_draft_tokens, self.tree_config.depth_limit, committed)
         for name, curve in (("target", target), ("head", head)):
