@@ -57,8 +57,9 @@ def test_tokens_are_the_same_with_levels_of_fixed_width(
     widths: list[list[int]] = []
 
     def grow(*args: Any) -> list[DraftTree]:
+        assert args[-1].fixed_width
         widths.append(args[-1].widths)
-        return draft.grow(*args[:-1], replace(args[-1], fixed_width=True))
+        return draft.grow(*args)
 
     monkeypatch.setattr(proposer, "grow", grow)
     monkeypatch.setattr(DraftPlanning, "_fixed_width", True)

@@ -131,7 +131,7 @@ class Budget:
     _SMALL_GAIN, _TRIAL, _PLAIN_EVERY = 1.15, 32, 16
     _PLAIN_AT_LEAST_EVERY = 256  # whatever the gain: it may be wrong
     _PAYS_BACK_IN = 64  # steps, after which it must have paid that the head has caught up with a request
-    _FORGETS = 0.002
+    _FORGETS = 0.002  # what of the drafts' cost a pass without any takes away
     _FRESH = 16.0  # passes with drafts since the last one without, after which half of what is unexpected is due to the machine
 
     def __init__(

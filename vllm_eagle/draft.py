@@ -65,7 +65,7 @@ class Limits:
     node_floor: float = NEVER  # nodes with no higher score get no children
     pays: Pays | None = None  # whether to go on after a level; None: as long as nodes may enter a tree
     widths: Sequence[int] | None = None  # most nodes to expand per request at depth 1, 2, ...
-    fixed_width: bool | None = None  # let what is drafted decide nothing, `pays` included; None: on GPUs
+    fixed_width: bool = False  # let what is drafted decide nothing, `pays` included: then nothing waits for a GPU
 
 
 def grow(
@@ -74,7 +74,7 @@ def grow(
     run_head: RunHead,
     config: TreeConfig,
     noise_at: NoiseAt | None = None,  # None: uncoupled
-    limits: Limits = Limits(),
+    limits: Limits = Limits(),  # of dynamic trees
 ) -> list[DraftTree]:
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     if not requests:
@@ -257,18 +257,17 @@ class _BestFrontier:
 
     def __init__(self, pool: _Pool, width: int, limits: Limits):
         self._pool, self._width, self._limits = pool, width, limits
-        self._fixed_width = pool.tokens.device.type != "cpu" if limits.fixed_width is None else limits.fixed_width
 
     def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
         """Add children [num_reqs, width, children] of this depth to the pool; returns which of them to expand, if any."""
         limits = self._limits
         most = self._width if limits.widths is None else min(self._width, limits.widths[depth - 1])
-        if tokens.device.type == "cpu" and native.runs() and not self._fixed_width:
+        if tokens.device.type == "cpu" and native.runs() and not limits.fixed_width:
             places, hopeful = self._pool.grow(depth, confidences, tokens, most, limits.node_floor)
         else:
             self._pool.add(tokens, confidences, (self._pool.max_depths >= depth)[:, None, None])
             places, hopeful = self.hopeful(depth, most)
-            if self._fixed_width:
+            if limits.fixed_width:
                 return places, hopeful
             width = int((hopeful > NEVER).sum(1).max())
             places, hopeful = places[:, :width], hopeful[:, :width]

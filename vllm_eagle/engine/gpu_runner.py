@@ -88,6 +88,7 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
                 lambda level: logits.expand(1, level.token_ids.shape[1], -1),
                 self.tree_config,
                 None if noise is None else lambda depth, noise=noise: noise,
+                draft.Limits(fixed_width=True),
             )
         one = torch.ones(1, dtype=torch.int64, device=self.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)  # vLLM's null block

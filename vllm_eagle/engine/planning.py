@@ -127,11 +127,11 @@ class DraftPlanning(GPUModelRunner):
         for row in self._prompt_rows:  # computed anew from the start, if the head has missed something of it
             self.drafter.forget(self.input_batch.req_ids[row])
         num_decoding = self._num_decoding
-        self._drafting, limits = Plan(self.tree_config.depth_limit), Limits()
+        self._drafting, limits = Plan(self.tree_config.depth_limit), Limits(fixed_width=self._fixed_width)
         if self.budget is not None and num_decoding:
             self._drafting = plan = self.budget.plan(num_decoding)
             widths = self.budget.widths(self.tree_config.children) if self._fixed_width else None
-            limits = Limits(plan.node_floor, partial(self.budget.pays, plan), widths)
+            limits = Limits(plan.node_floor, partial(self.budget.pays, plan), widths, self._fixed_width)
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
         return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), limits)
 

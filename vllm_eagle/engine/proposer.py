@@ -117,9 +117,11 @@ class EagleTreeProposer(EagleProposer):
         """As vLLM's, but the device is not waited for: the token after the last committed one of each request, [num_reqs] int32."""
         next_token_ids = []
         for req_id, token_ids in zip(gpu_input_batch.req_ids, sampled_token_ids, strict=False):
-            state = requests[req_id]  # where nothing was sampled, the prompt goes on
-            end = state.num_computed_tokens + num_scheduled_tokens[req_id]
-            next_token_ids.append(token_ids[-1] if token_ids else state.get_token_id(end))
+            if token_ids:
+                next_token_ids.append(token_ids[-1])
+            else:  # the prompt goes on
+                state = requests[req_id]
+                next_token_ids.append(state.get_token_id(state.num_computed_tokens + num_scheduled_tokens[req_id]))
         return async_tensor_h2d(next_token_ids, device=self.device, dtype=torch.int32)
 
     @torch.inference_mode()
