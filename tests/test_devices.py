@@ -23,15 +23,15 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from tests.engines import ENGINE, engine, trees
-from vllm_eagle import compact, plugin
+from vllm_eagle import compact, doctor, plugin
 from vllm_eagle.attention.cpu import TreeCPUAttentionImpl
 from vllm_eagle.attention.interface import TreeAttention
-from vllm_eagle.engine import devices, first_pass, gpu_runner
+from vllm_eagle.engine import devices, first_pass, gpu_runner, seams
 from vllm_eagle.engine.backlog import Piece
 from vllm_eagle.engine.cpu_runner import EagleTreeCPUModelRunner
 from vllm_eagle.engine.cpu_worker import EagleTreeCPUWorker
 from vllm_eagle.engine.filters import Filters
-from vllm_eagle.engine.first_pass import FirstPass, catching_up, divide
+from vllm_eagle.engine.first_pass import FirstPass, passes
 from vllm_eagle.engine.gpu_runner import EagleTreeGPUModelRunner
 from vllm_eagle.engine.gpu_worker import EagleTreeGPUWorker
 from vllm_eagle.engine.runner import EagleTreeRunner
@@ -172,6 +172,33 @@ def test_overrides_take_what_vllm_passes(cls: type, base: type) -> None:
     assert overridden >= 4
 
 
+def test_cudas_worker_compiles_before_vllm_watches_for_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's monitor fails whatever is compiled after it, or logs it as something that a request waited for."""
+    order: list[str] = []
+    worker = EagleTreeGPUWorker.__new__(EagleTreeGPUWorker)
+    worker.model_config, worker.parallel_config = SimpleNamespace(seed=0), SimpleNamespace(data_parallel_index=0)
+    worker.model_runner = SimpleNamespace(
+        warm_up_kernels=lambda: order.append("compile"), measure_costs=lambda: order.append("measure")
+    )
+    monkeypatch.setattr(Worker, "_maybe_activate_jit_monitor", lambda self: order.append("monitor"))
+    worker._maybe_activate_jit_monitor()
+    assert order == ["compile", "measure", "monitor"]
+    assert EagleTreeGPUWorker.compile_or_warm_up_model is Worker.compile_or_warm_up_model
+    source = inspect.getsource(Worker.compile_or_warm_up_model)
+    assert source.index("capture_model()") < source.index("self._maybe_activate_jit_monitor()")
+
+
+def test_doctor_says_what_to_run_first_on_a_gpu(on: Callable[[str], None]) -> None:
+    on("cuda")
+    (detail,) = [detail for _, what, detail in doctor._findings() if what == "device"]
+    assert "first run: vllm-eagle gpu-check" in detail
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+def test_what_cudas_attention_overrides_is_as_expected() -> None:
+    assert list(seams._changed(seams._cuda_seams())) == []
+
+
 def test_the_runner_of_a_finished_cpu_worker_can_change_its_class() -> None:
     """CPUWorker builds its runner in place."""
     runner = CPUModelRunner.__new__(CPUModelRunner)
@@ -252,13 +279,14 @@ def test_filters_stay_on_the_device() -> None:
 
 
 class Waiting:
-    """A backlog of one request, and none of the others."""
+    """A backlog of one request, and of none of the others."""
 
-    def add(self, req_id: str, piece: Piece) -> None:
-        assert piece.features.device.type == "meta"
+    def keep(self, token_ids: torch.Tensor, features: torch.Tensor, parts: dict[str, tuple[int, range]]) -> None:
+        assert features.device.type == "meta"
+        assert parts == {"c": (7, range(4, 6))}
 
-    def take(self, req_id: str) -> list[Piece]:
-        return [Piece(2, on_meta(5), on_meta(5, 8, dtype=torch.float32))] if req_id == "b" else []
+    def take(self, req_id: str) -> Piece | None:
+        return Piece(2, on_meta(5), on_meta(5, 8, dtype=torch.float32)) if req_id == "b" else None
 
 
 def test_the_heads_first_pass_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,10 +308,10 @@ def test_the_heads_first_pass_stays_on_the_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         first_pass, "async_tensor_h2d", lambda data, device, dtype=None: torch.as_tensor(data, dtype=dtype).to(device)
     )
-    found = divide(whole, ["a", "b", "c"], [0, 1], Waiting(), 16)  # type: ignore[arg-type]
-    late = list(catching_up(whole, ["a", "b", "c"], [0, 1], Waiting(), 16, 4))  # type: ignore[arg-type]
-    assert [each.metadata.num_actual_tokens for each in (found, *late)] == [4, 4, 1]
-    for each in (found, *late):
+    at_once = list(passes(whole, ["a", "b", "c"], [0, 1], Waiting(), 16, 9))  # type: ignore[arg-type]
+    one_by_one = list(passes(whole, ["a", "b", "c"], [0, 1], Waiting(), 16, 4))  # type: ignore[arg-type]
+    assert [each.metadata.num_actual_tokens for each in (*at_once, *one_by_one)] == [9, 4, 1, 4]
+    for each in (*at_once, *one_by_one):
         tensors = [each.token_ids, each.next_token_ids, each.positions, each.features, each.metadata.query_start_loc]
         tensors += [each.metadata.seq_lens, each.metadata.block_table_tensor, each.metadata.slot_mapping]
         assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -79,6 +79,20 @@ def test_what_drafts_cost_is_found_out_anew_when_the_load_changes(before: int, n
     assert found["tokens_per_s"] >= at_least * now / float(target(np.array(now))), found
 
 
+@pytest.mark.parametrize(("number", "share"), [(1, 0.0), (8, 0.0), (8, 0.6), (16, 0.8)])
+def test_what_is_accepted_is_found_out_anew_when_texts_change(number: int, share: float) -> None:
+    """Walks go on with that probability for some time: little is lost then, and nothing is lost for good."""
+    target = CostCurve([1, 4, 8, 16, 32, 64, 128], [0.0143, 0.017, 0.0175, 0.022, 0.034, 0.056, 0.110])
+    head = CostCurve([1, 8, 64, 512], [0.0006, 0.0008, 0.0022, 0.0166])
+
+    def rate(goes_on: list[float]) -> float:
+        return with_budget(read(RECORDED), target, head, [number] * len(goes_on), 16, 8, goes_on=goes_on)["tokens_per_s"]
+
+    good, bad = [1.0] * 600, [share] * 600
+    assert rate([*good, *bad]) >= (0.9 if number == 1 else 0.97) * number / float(target(np.array(number)))
+    assert rate([*good, *bad, *good, *good]) >= 0.95 * rate([*good, *good, *good, *good])
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curve = tmp_path / "curve.json"
     curve.write_text(json.dumps({"target": [[1, 0.02], [64, 0.08]], "head": [[1, 0.001], [64, 0.002]]}))
@@ -96,8 +110,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--trees", "missing.json"], "is no recording of trees"),
         (["--bandwidth", "0"], "must be positive"),
         (["--out", __file__], "is no folder"),
+        (["--num-draft-tokens", "25"], "have 24 nodes, and what more would bring is not known; use at most 24, or --trees"),
     ],
 )
 def test_bad_input(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_as_many_nodes_as_were_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--num-draft-tokens", "24", "--requests", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["num_draft_tokens"] == 24

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_eagle.bench import soak
-from vllm_eagle.bench.soak_checks import FEWEST_SAMPLES, MIB, Seen, checks, failed, memory
+from vllm_eagle.bench.soak_checks import FEWEST_SAMPLES, MIB, SHORTEST_TREND_S, Seen, checks, failed, memory
 from vllm_eagle.bench.soak_clients import BEHAVIOURS, Answer, Choice, Script, Tally, difference, judge, prefix_difference
 from vllm_eagle.bench.soak_pool import KINDS, Ask, pool, refused
 from vllm_eagle.bench.soak_server import Sample, error_lines
@@ -136,7 +136,11 @@ def test_what_cannot_be_seen_is_not_passed() -> None:
     found = checks(replace(good_run(), before=blind[0], after=blind[1], log_errors=None))
     names = {check.name for check in found if check.passed is None}
     assert names == {"processes live on", "memory is flat", "open files and threads", "no error in the log"}
-    assert memory([sample(i) for i in range(FEWEST_SAMPLES - 1)]).passed is None
+    few = FEWEST_SAMPLES - 1
+    assert memory([sample(i * SHORTEST_TREND_S) for i in range(few)]).passed is None
+    assert memory([sample(i * SHORTEST_TREND_S / few / 2) for i in range(2 * few)]).passed is None
+    assert memory([sample(i * SHORTEST_TREND_S / few) for i in range(few + 1)]).passed
+    assert memory([]).passed is None
 
 
 # ---- answers

@@ -25,7 +25,8 @@ class CostCurve:
     """Seconds of a pass over so many tokens: straight lines between measured points, corrected by what passes take.
 
     A real pass takes longer than the one that was measured at start, by something that hardly depends on its size (attention,
-    sampling, Python, other processes on the same cores): an offset, learned quickly. The points follow slowly.
+    sampling, Python, other processes on the same cores): an offset, learned quickly. The points follow slowly. None counts for
+    more than one with more tokens: what disturbs a measurement makes it slower, and a point that is never met stays as it is.
     """
 
     def __init__(self, tokens: Sequence[int], seconds: Sequence[float]):
@@ -45,7 +46,7 @@ class CostCurve:
     @property
     def points(self) -> list[tuple[int, float]]:
         """Tokens and seconds, as of now."""
-        return list(zip(self._tokens.astype(int).tolist(), (self._seconds + self._offset_s).tolist(), strict=True))
+        return list(zip(self._tokens.astype(int).tolist(), self._believed().tolist(), strict=True))
 
     def __str__(self) -> str:
         """Milliseconds by tokens."""
@@ -54,29 +55,32 @@ class CostCurve:
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds, never less for more tokens; beyond the last point the last slope goes on."""
         tokens = np.asarray(tokens, np.float64)
-        seconds = np.maximum.accumulate(self._seconds) + self._offset_s
+        seconds = self._believed()
         inside = np.interp(tokens, self._tokens, seconds)
         if len(seconds) < 2:
             return inside * np.maximum(tokens / self._tokens[0], 1.0)
         slope = (seconds[-1] - seconds[-2]) / (self._tokens[-1] - self._tokens[-2])
         return inside + np.maximum(tokens - self._tokens[-1], 0.0) * slope
 
-    def correct(self, tokens: int, seconds: float, common: float = 1.0) -> None:
+    def _believed(self) -> np.ndarray:
+        return np.minimum.accumulate(self._seconds[::-1])[::-1] + self._offset_s
+
+    def correct(self, tokens: float, seconds: float, common: float = 1.0) -> None:
         """A pass over `tokens` took `seconds`: move the two points around it that way, and the offset by the `common` share."""
         if seconds <= 0:
             return  # the clock was set back
         expected = float(self(np.array(tokens)))
         ratio = min(max(seconds / expected, 1 / _OUTLIER), _OUTLIER)
-        right = int(np.searchsorted(self._tokens, tokens).clip(1, len(self._tokens) - 1)) if len(self._tokens) > 1 else 0
+        right = min(max(int(self._tokens.searchsorted(tokens)), 1), len(self._tokens) - 1)
         left = max(right - 1, 0)
-        span = self._tokens[right] - self._tokens[left]
-        share = 0.0 if span == 0 else float(np.clip((tokens - self._tokens[left]) / span, 0.0, 1.0))
+        span = float(self._tokens[right] - self._tokens[left])
+        share = 0.0 if span == 0 else min(max(float(tokens - self._tokens[left]) / span, 0.0), 1.0)
         for point, weight in ((left, 1 - share), (right, share)):
             self._seconds[point] *= 1 + _STEP * weight * (ratio - 1)
         error_s = expected * (ratio - 1)
         step = max(_FAST_STEP, 1 / (_FIRST + self._corrections))
         self._corrections += 1
-        self._offset_s = max(-0.5 * self._seconds[0], self._offset_s + step * common * error_s)
+        self._offset_s = max(-0.5 * self._seconds.min(), self._offset_s + step * common * error_s)
 
 
 def best_number(
@@ -119,9 +123,11 @@ class Budget:
 
     _FADE = 0.05  # how fast the profile follows the last trees
     _PROMPT_FADE = 0.02  # how fast it is noticed that prompts come more often, or less
+    _FEW_PROMPTS = 1e-3  # of passes; they change nothing
     _PER_NODE = 4  # cells of the profile; one request in four may have a node
     _LOOK_EVERY = 4  # steps between two looks at costs and profile, while the number of requests stays the same
-    _PROBE_EVERY, _PROBE_AT_MOST = 32, 1024  # steps between two looks at what is not chosen
+    _PROBE_EVERY, _PROBE_AT_MOST = 32, 256  # steps between two looks at what is not chosen
+    _PROBE_FADE = 0.2  # how fast the profile follows such looks, which are rare
     _PROBE_LEVELS = 2  # deeper than what is chosen
     _PROBE_SHARE = 8  # where nothing is drafted, one request in so many is looked at: a tree teaches as much, and costs less
     # Drafting must promise so much more than plain decoding; below it noise decides, and prompts in the passes. To begin costs the
@@ -253,7 +259,7 @@ class Budget:
         is_probe = drafted_depth > self._best.depth
         self._keeps += 1
         if is_probe or self._seen[drafted_depth - 1] < 1 / self._FADE or self._keeps % self._LOOK_EVERY == 0:
-            self._learn(probabilities, levels, drafted_depth)
+            self._learn(self.calibration.lasting(padded), levels, drafted_depth, self._PROBE_FADE if is_probe else self._FADE)
         if not is_probe:
             self._share += _FAST_STEP * (len(scores) / num_requests - self._share)
         # A stable sort keeps a parent ahead of a child that is as probable.
@@ -289,12 +295,15 @@ class Budget:
         The prompt is computed anyway. Beside it there is no waiting for weights that more tokens could share, so drafts cost as
         much as tokens that are sure: where prompts come often, fewer drafts pay.
         """
+        if self._prompt_share < self._FEW_PROMPTS:
+            return self.target(tokens)
         beside_s = self.target(self._prompt_tokens + tokens) - self.target(np.array(self._prompt_tokens))
         return (1 - self._prompt_share) * self.target(tokens) + self._prompt_share * beside_s
 
     def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
         """A target pass over so many tokens, without prompts, took `seconds`."""
         if not has_drafts:
+            self.calibration.saw_none()
             self._passes_since_plain = 0
             self.drafts_s *= 1 - self._FORGETS  # may be out of date: then drafts are tried again
             self.target.correct(num_tokens, seconds)
@@ -318,9 +327,9 @@ class Budget:
         self._runs[1:depth] += self._FADE * ((np.arange(1, depth) <= len(rows)) - self._runs[1:depth])
         if not rows or levels_s <= 0:
             return
-        expected = float(self.head(np.array(rows)).sum())
-        for number in set(rows):
-            self.head.correct(number, float(self.head(np.array(number))) * levels_s / expected)
+        expected = self.head(np.array(rows))
+        mean = float(np.mean(rows))  # levels of one drafting are measured together
+        self.head.correct(mean, float(self.head(np.array(mean)) * levels_s / expected.sum()))
         levels = min(len(rows), self._depth_limit - 1)
         self._rows[1 : levels + 1] += self._FADE * (np.array(rows[:levels]) / num_requests - self._rows[1 : levels + 1])
 
@@ -338,7 +347,7 @@ class Budget:
         """Between the end of a step and the start of the next one lay `seconds`."""
         self.outside_s += self._FADE * (min(seconds, _OUTLIER * max(self.outside_s, 1e-3)) - self.outside_s)
 
-    def _learn(self, probabilities: np.ndarray, levels: np.ndarray, drafted_depth: int) -> None:
+    def _learn(self, probabilities: np.ndarray, levels: np.ndarray, drafted_depth: int, fade: float) -> None:
         few, num_trees = slice(drafted_depth), len(probabilities)
         depths = np.arange(1, drafted_depth + 1)[:, None, None]
         pooled = -np.sort(-np.where(levels <= depths, probabilities, 0.0).reshape(drafted_depth, -1), axis=1)
@@ -349,9 +358,9 @@ class Budget:
         accepted = summed[:, whole] + (places - whole) * (summed[:, whole + 1] - summed[:, whole])
         best = np.diff(accepted, axis=1) * self._PER_NODE / num_trees
         deepest = np.where(levels == depths, probabilities, 0.0).max(2).mean(1)
-        fade = np.maximum(self._FADE, 1 / (1 + self._seen[few]))  # the first ones count in full
-        self._profile[few] += fade[:, None] * (best - self._profile[few])
-        self._deepest[few] += fade * (deepest - self._deepest[few])
+        fades = np.maximum(fade, 1 / (1 + self._seen[few]))  # the first ones count in full
+        self._profile[few] += fades[:, None] * (best - self._profile[few])
+        self._deepest[few] += fades * (deepest - self._deepest[few])
         self._seen[few] += 1
 
     def _expected(self) -> np.ndarray:
@@ -360,8 +369,8 @@ class Budget:
         drafted = int((self._seen > 0).sum())
         if 0 < drafted < self._depth_limit:
             before = self._deepest[drafted - 2] if drafted > 1 else 1.0
-            factor = self._deepest[drafted - 1] / max(before, 1e-9)
+            factor = min(self._deepest[drafted - 1] / max(before, 1e-9), 1.0)  # means of different trees
             for depth in range(drafted, self._depth_limit):
                 node = self._deepest[drafted - 1] * factor ** (depth - drafted + 1)
                 profile[depth] = -np.sort(-np.append(profile[depth - 1], [node] * self._PER_NODE))[: -self._PER_NODE]
-        return np.maximum.accumulate(profile, axis=0)  # one level more is never worse
+        return np.minimum(self.calibration.drift * np.maximum.accumulate(profile, axis=0), 1.0)  # a level more is never worse

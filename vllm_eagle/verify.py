@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_eagle.tree import DraftTree, IntArray, node_ancestors, node_depths
+from vllm_eagle.tree import DraftTree, IntArray, node_ancestors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,12 +52,13 @@ def lay_out(
     parents = np.zeros((len(trees), num_nodes.max(initial=1)), dtype=np.int64)
     for row, tree in zip(parents, trees, strict=True):
         row[: tree.num_nodes] = tree.parents
+    ancestors = node_ancestors(parents)
     return TreeBatch(
         trees=tuple(trees),
         req_indices=np.asarray(req_indices, dtype=np.int64),
         first_rows=np.asarray(first_rows, dtype=np.int64),
         context_lens=np.asarray(context_lens, dtype=np.int64),
         num_nodes=num_nodes,
-        depths=node_depths(parents),
-        ancestors=node_ancestors(parents),
+        depths=ancestors.sum(2) - 1,  # a node is among its ancestors
+        ancestors=ancestors,
     )

@@ -79,6 +79,11 @@ def roofline(
     return CostCurve(tokens, [overhead_s + max(weight_bytes / bandwidth, n * flops_per_token / flops) for n in tokens])
 
 
+def _walked(most: int, goes_on: float, generator: np.random.Generator) -> int:
+    stops = generator.random(most) >= goes_on
+    return int(stops.argmax()) if stops.any() else most
+
+
 def with_budget(
     trees: Sequence[Recorded],
     target: CostCurve,
@@ -89,6 +94,7 @@ def with_budget(
     hidden_s: float = 0.0,
     hidden_tree_s: float = 0.0,
     noise: float = 0.0,
+    goes_on: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Tokens per second, nodes per request and levels, after the budget has learned.
 
@@ -102,6 +108,7 @@ def with_budget(
         hidden_s: what a pass with drafts takes besides; the budget has to find out.
         hidden_tree_s: and for each tree in it.
         noise: standard deviation of the logarithm of what passes take, as the budget sees it.
+        goes_on: probability, step by step, that a walk does where the recorded one did; None: always.
     """
     # Its own curves: it corrects them.
     budget = Budget(_copy(target), _copy(head), num_draft_tokens, depth_limit)
@@ -144,7 +151,8 @@ def with_budget(
             kept = budget.keep(scores, depths, plan.depth, number)
             drafting_s = first_s + levels_s
             for request, tree, places, count in zip(drafting, drawn, chosen, kept, strict=True):
-                accepted = np.isin(places[:count], tree.path)
+                path = tree.path if goes_on is None else tree.path[: _walked(len(tree.path), goes_on[step], generator)]
+                accepted = np.isin(places[:count], path)
                 emitted[request] += accepted.sum()
                 budget.calibration.update(tree.scores[places[:count]], accepted)
         missed[:number] += emitted[:number] - 1
@@ -252,7 +260,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-overhead", type=float, default=3e-4, help="seconds of a level beside (default %(default)g)")
     parser.add_argument("--trees", type=Path, default=RECORDED, help="recorded trees (default: of the shipped pair)")
     parser.add_argument("--requests", type=int, nargs="+", default=[4**i for i in range(7)], help="at once (default %(default)s)")
-    parser.add_argument("--num-draft-tokens", type=int, default=16, help="most nodes per tree (default %(default)s)")
+    parser.add_argument(
+        "--num-draft-tokens", type=int, default=16, help="most nodes per tree, of those recorded (default %(default)s)"
+    )
     parser.add_argument("--max-depth", type=int, default=8, help="most levels (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for simulation.json, simulation.md and simulation.png")
     parser.set_defaults(run=run)
@@ -265,6 +275,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("all numbers must be positive, overheads at least 0")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is no folder; name another one")
+    trees = read(args.trees)
+    recorded = max((len(tree.scores) for tree in trees), default=0)
+    if args.num_draft_tokens > recorded:
+        raise ValueError(
+            f"--num-draft-tokens {args.num_draft_tokens}: the trees of {args.trees} have {recorded} nodes, and what more would "
+            f"bring is not known; use at most {recorded}, or --trees with a recording of larger ones "
+            f"(python -m vllm_eagle.bench.record --num-nodes {args.num_draft_tokens} OUT)"
+        )
     most = max(args.requests) * (1 + args.num_draft_tokens)
     if args.curve is not None:
         target, head = _curves(args.curve)
@@ -273,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
         target = roofline(weights, work, args.bandwidth, args.flops, args.overhead, most)
         share = args.head_share
         head = roofline(share * weights, share * work, args.bandwidth, args.flops, args.head_overhead, most)
-    found = simulate(read(args.trees), target, head, args.requests, args.num_draft_tokens, args.max_depth)
+    found = simulate(trees, target, head, args.requests, args.num_draft_tokens, args.max_depth)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "run"}
     result = {"requests": found, "settings": settings, "curves": {"target": target.points, "head": head.points}}
     print(table(found))

@@ -10,8 +10,9 @@ from vllm_eagle.bench.soak_pool import KINDS
 from vllm_eagle.bench.soak_server import Sample
 
 MIB = 1 << 20
-# Thirds of fewer samples say nothing about a trend.
+# Thirds of fewer samples say nothing about a trend, nor do those of a run so short that it still meets its first large batches.
 FEWEST_SAMPLES = 30
+SHORTEST_TREND_S = 300.0
 # Allowed growth of a process from the second to the last third of the run: what the largest batch so far needs grows until the end,
 # more slowly all the time. A leak of one token's features (1.5 KiB) per generated token would pass this in a minute.
 MOST_GROWTH_BYTES = 8 * MIB
@@ -104,8 +105,10 @@ def _processes(seen: Seen) -> Iterator[Check]:
 
 def memory(samples: Sequence[Sample]) -> Check:
     """Whether no process has grown from the second third of the samples to the last."""
-    if len(samples) < FEWEST_SAMPLES:
-        return Check("memory is flat", None, f"{len(samples)} samples, {FEWEST_SAMPLES} needed; run longer")
+    seconds = samples[-1].seconds - samples[0].seconds if samples else 0.0
+    if len(samples) < FEWEST_SAMPLES or seconds < SHORTEST_TREND_S:
+        needed = f"{FEWEST_SAMPLES} in {SHORTEST_TREND_S:.0f} s needed"
+        return Check("memory is flat", None, f"{len(samples)} samples in {seconds:.0f} s, {needed}; run longer")
     third = len(samples) // 3
     parts, passed = [], True
     for name in samples[0].rss_bytes:

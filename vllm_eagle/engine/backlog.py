@@ -1,14 +1,15 @@
 """What the head has not yet seen of requests for which nothing was drafted.
 
 While drafting does not pay, the head is not run over the tokens that the target commits: at full load even one layer more costs.
-Their features wait here, and the head catches up when drafting pays again. There is room for a limited number of tokens; a request
-for which there is none decodes to its end without drafts.
+Their features wait here, and the head catches up when drafting pays again. There is room for a limited number of tokens, in memory
+that is allocated once; a request for which there is none decodes to its end without drafts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +23,53 @@ class Piece:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def __getitem__(self, part: slice) -> "Piece":
+        """A part of it, in steps of one."""
+        start, _, _ = part.indices(len(self))
+        return Piece(self.start + start, self.token_ids[part], self.features[part])
+
 
 class Backlog:
-    """Pieces by request id, oldest first."""
+    """Tokens by request id, in their order."""
 
     def __init__(self, most_tokens: int):
-        self._most_tokens = most_tokens
-        self._pieces: dict[str, list[Piece]] = {}
-        self._waiting: dict[str, int] = {}  # tokens of them
+        self._free = list(range(most_tokens))[::-1]  # places; those used before are used first, so memory is touched as needed
+        self._places: dict[str, list[int]] = {}
+        self._starts: dict[str, int] = {}
         self._lost: set[str] = set()
-        self.num_tokens = 0
+        self._token_ids, self._features = torch.empty(0), torch.empty(0)  # by place; allocated when types are known
 
-    def add(self, req_id: str, piece: Piece) -> None:
-        """Keep a piece that follows on the last one; where there is no room, lose the request."""
-        if req_id in self._lost:
+    def keep(self, token_ids: torch.Tensor, features: torch.Tensor, parts: Mapping[str, tuple[int, range]]) -> None:
+        """Copy tokens of a pass, which follow on those kept before; where there is no room, lose the request.
+
+        Args:
+            token_ids: of the pass, [num_tokens].
+            features: likewise, [num_tokens, hidden].
+            parts: by request id, the position of its first token, and which tokens of the pass are its own.
+        """
+        sources: list[int] = []
+        places: list[int] = []
+        for req_id, (start, part) in parts.items():
+            if req_id in self._lost:
+                continue
+            if len(part) > len(self._free):
+                self.forget(req_id)
+                self._lost.add(req_id)
+                continue
+            taken = [self._free.pop() for _ in part]
+            self._starts.setdefault(req_id, start)
+            self._places.setdefault(req_id, []).extend(taken)
+            sources += part
+            places += taken
+        if not sources:
             return
-        if self.num_tokens + len(piece) > self._most_tokens:
-            self.forget(req_id)
-            self._lost.add(req_id)
-            return
-        self._pieces.setdefault(req_id, []).append(piece)
-        self._waiting[req_id] = self.waiting(req_id) + len(piece)
-        self.num_tokens += len(piece)
+        if self._features.shape[1:] != features.shape[1:]:
+            most_tokens = len(self._free) + sum(map(len, self._places.values()))
+            self._token_ids = token_ids.new_empty(most_tokens)
+            self._features = features.new_empty(most_tokens, *features.shape[1:])
+        to, of = (async_tensor_h2d(rows, device=features.device, dtype=torch.long) for rows in (places, sources))
+        self._token_ids[to] = token_ids[of]
+        self._features[to] = features[of]
 
     def is_lost(self, req_id: str) -> bool:
         """Whether the head can no longer follow this request."""
@@ -51,20 +77,29 @@ class Backlog:
 
     def waiting(self, req_id: str) -> int:
         """Tokens of a request that the head has not seen yet."""
-        return self._waiting.get(req_id, 0)
+        return len(self._places.get(req_id, ()))
 
-    def take(self, req_id: str) -> list[Piece]:
+    def take(self, req_id: str) -> Piece | None:
         """What the head has to see before it sees the request's newest tokens; from here on it has."""
-        self.num_tokens -= self._waiting.pop(req_id, 0)
-        return self._pieces.pop(req_id, [])
+        places = self._places.get(req_id)
+        if not places:
+            return None
+        rows = async_tensor_h2d(places, device=self._features.device, dtype=torch.long)
+        piece = Piece(self._starts[req_id], self._token_ids[rows], self._features[rows])
+        self._drop(req_id)
+        return piece
 
     def forget(self, req_id: str) -> None:
         """The request has ended, or the target computes it anew from its first token."""
-        self.take(req_id)
+        self._drop(req_id)
         self._lost.discard(req_id)
 
+    def _drop(self, req_id: str) -> None:
+        self._free += reversed(self._places.pop(req_id, []))
+        self._starts.pop(req_id, None)
 
-def batches(waiting: list[tuple[int, Piece]], most_tokens: int) -> Iterator[list[tuple[int, Piece]]]:
+
+def batches(waiting: Sequence[tuple[int, Piece]], most_tokens: int) -> Iterator[list[tuple[int, Piece]]]:
     """Cut pieces (row in the batch, piece) into passes of at most so many tokens, each row at most once in a pass.
 
     A row's pieces come in their order.
@@ -76,14 +111,12 @@ def batches(waiting: list[tuple[int, Piece]], most_tokens: int) -> Iterator[list
             if room == 0 or any(row == other for other, _ in batch):
                 yield batch
                 batch, room = [], most_tokens
-            now = min(room, len(piece))
-            batch.append((row, Piece(piece.start, piece.token_ids[:now], piece.features[:now])))
-            piece = Piece(piece.start + now, piece.token_ids[now:], piece.features[now:])
-            room -= now
+            batch.append((row, piece[:room]))
+            room, piece = room - len(batch[-1][1]), piece[room:]
     if batch:
         yield batch
 
 
-def join(pieces: list[Piece]) -> Piece:
+def join(pieces: Sequence[Piece]) -> Piece:
     """Consecutive pieces as one."""
     return Piece(pieces[0].start, torch.cat([p.token_ids for p in pieces]), torch.cat([p.features for p in pieces]))

@@ -12,7 +12,8 @@ from vllm_eagle.metrics import STAGES, TreeMetrics
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 _ROUNDS = 3
-_LONGEST_S = 0.5  # a pass that takes longer is the last one measured; the curve goes on straight
+_LONGEST_S = 0.5  # a pass that takes longer is measured once, and is the last one; the curve goes on straight
+_FEWEST = 5  # points in any case: up to 16 tokens, a tree for one request
 
 
 def measure(run: Callable[[int], None], most_tokens: int) -> CostCurve:
@@ -21,18 +22,20 @@ def measure(run: Callable[[int], None], most_tokens: int) -> CostCurve:
     seconds: list[float] = []
     number = 1
     while number <= most_tokens:
-        run(number)  # the first one allocates
-        times = []
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            run(number)
-            times.append(time.perf_counter() - start)
+        # The first one allocates. Ranks run passes together, so they stop together.
+        rounds = _ROUNDS if agree([_seconds(run, number)])[0] <= _LONGEST_S else 1
         tokens.append(number)
-        seconds.append(min(times))
-        if agree(seconds[-1:])[0] > _LONGEST_S:  # ranks run passes together, so they stop together
+        seconds.append(min(_seconds(run, number) for _ in range(rounds)))
+        if agree(seconds[-1:])[0] > _LONGEST_S and len(tokens) >= _FEWEST:
             break
         number *= 2
     return CostCurve(tokens, seconds)
+
+
+def _seconds(run: Callable[[int], None], number: int) -> float:
+    start = time.perf_counter()
+    run(number)
+    return time.perf_counter() - start
 
 
 def agree(values: list[float]) -> list[float]:
@@ -69,9 +72,13 @@ class StepClock:
         self._gap_s = 0.0
 
     def start_step(self) -> None:
-        """The engine begins a step; the last one ended with its drafting."""
-        self._gap_s = 0.0 if self._ended_s is None else time.perf_counter() - self._ended_s
-        self._then, self._now = self._now, self._seconds.copy()
+        """The engine begins a step; the last one ended with its drafting, unless it had nothing to run."""
+        if self._ended_s is None:
+            self._gap_s = 0.0
+        else:
+            self._gap_s, self._ended_s = time.perf_counter() - self._ended_s, None
+            self._then = self._now
+        self._now = self._seconds.copy()
 
     def end_step(self) -> None:
         """Drafting is done."""

@@ -4,8 +4,9 @@ The head must have seen all of a request's tokens before it can draft for it. Pr
 their blocks in the prefix cache. Decoded tokens of requests for which nothing is drafted wait in the backlog.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -24,47 +25,69 @@ class FirstPass:
     features: torch.Tensor  # [num_tokens, hidden], EAGLE-3: [num_tokens, num_aux * hidden]
     metadata: CommonAttentionMetadata
 
-    def pieces(self, rows: Collection[int], copy: bool) -> dict[int, Piece]:
-        """The tokens of some rows. A copy outlives the step, in which the target's buffers are used again."""
+    @property
+    def starts(self) -> list[int]:
+        """Position of each request's first token."""
         cuts = self.metadata.query_start_loc_cpu
         assert self.metadata.seq_lens_cpu_upper_bound is not None  # exact: what was rejected is known
-        starts = (self.metadata.seq_lens_cpu_upper_bound - cuts[1:] + cuts[:-1]).tolist()
-        ends = cuts.tolist()
-        token_ids, features = (x.clone() if copy else x for x in (self.token_ids, self.features))
-        return {row: Piece(starts[row], token_ids[ends[row] : ends[row + 1]], features[ends[row] : ends[row + 1]]) for row in rows}
+        starts: list[int] = (self.metadata.seq_lens_cpu_upper_bound - cuts[1:] + cuts[:-1]).tolist()
+        return starts
+
+    @property
+    def parts(self) -> list[range]:
+        """Which of the tokens are each request's."""
+        cuts = self.metadata.query_start_loc_cpu.tolist()
+        return [range(*ends) for ends in pairwise(cuts)]
+
+    def pieces(self, rows: Iterable[int]) -> dict[int, Piece]:
+        """The tokens of some rows."""
+        starts, parts = self.starts, self.parts
+        found = {}
+        for row in rows:
+            part = slice(parts[row].start, parts[row].stop)
+            found[row] = Piece(starts[row], self.token_ids[part], self.features[part])
+        return found
 
 
-def divide(whole: FirstPass, req_ids: Sequence[str], now: Sequence[int], backlog: Backlog, block_size: int) -> FirstPass:
-    """The pass over the newest tokens of the rows in `now`, which rise; those of the others go to the backlog."""
-    if len(now) == len(req_ids):
-        return whole
-    others = set(range(len(req_ids))).difference(now)
-    for row, piece in whole.pieces(others, copy=True).items():
-        backlog.add(req_ids[row], piece)
-    pieces = whole.pieces(now, copy=False)
-    rows = async_tensor_h2d(list(now), device=whole.next_token_ids.device, dtype=torch.long)
-    return _gathered(pieces, whole.next_token_ids[rows], whole.metadata, block_size)
-
-
-def catching_up(
+def passes(
     whole: FirstPass, req_ids: Sequence[str], now: Sequence[int], backlog: Backlog, block_size: int, most_tokens: int
 ) -> Iterator[FirstPass]:
-    """Passes that the head needs first, over what waits of the rows in `now`; their results count for nothing."""
-    waiting = {row: join(pieces) for row in now if (pieces := backlog.take(req_ids[row]))}
-    if not waiting:
+    """Passes that the head needs now: over the newest tokens of the rows in `now`, which rise, and what waits of them.
+
+    The last pass ends with the newest token of each row in `now`; results of those before it, if there are any, count for nothing.
+    Tokens of the other rows go to the backlog.
+    """
+    others = sorted(set(range(len(req_ids))).difference(now))
+    starts, parts = whole.starts, whole.parts
+    backlog.keep(whole.token_ids, whole.features, {req_ids[row]: (starts[row], parts[row]) for row in others})
+    waiting = {row: piece for row in now if (piece := backlog.take(req_ids[row])) is not None}
+    if not waiting and not others:
+        yield whole
         return
-    newest = whole.pieces(waiting, copy=False)
+    if not now:
+        return
+    newest = whole.pieces(now)
+    if sum(map(len, (*waiting.values(), *newest.values()))) <= most_tokens:
+        newest = {row: join([waiting[row], piece]) if row in waiting else piece for row, piece in newest.items()}
+    else:
+        yield from _catching_up(waiting, newest, whole.metadata, block_size, most_tokens)
+    rows = async_tensor_h2d(list(now), device=whole.next_token_ids.device, dtype=torch.long)
+    yield _gathered(newest, whole.next_token_ids[rows], whole.metadata, block_size)
+
+
+def _catching_up(
+    waiting: Mapping[int, Piece], newest: Mapping[int, Piece], common: CommonAttentionMetadata, block_size: int, most_tokens: int
+) -> Iterator[FirstPass]:
     for batch in batches(list(waiting.items()), most_tokens):
         following = []
         for row, piece in batch:
-            after = piece.start + len(piece) - waiting[row].start
-            rest = waiting[row].token_ids[after:]
-            following.append(rest[0] if len(rest) else newest[row].token_ids[0])
-        yield _gathered(dict(batch), torch.stack(following), whole.metadata, block_size)
+            rest = waiting[row][piece.start - waiting[row].start + len(piece) :]
+            following.append(rest.token_ids[0] if len(rest) else newest[row].token_ids[0])
+        yield _gathered(dict(batch), torch.stack(following), common, block_size)
 
 
 def _gathered(
-    pieces: dict[int, Piece], next_token_ids: torch.Tensor, common: CommonAttentionMetadata, block_size: int
+    pieces: Mapping[int, Piece], next_token_ids: torch.Tensor, common: CommonAttentionMetadata, block_size: int
 ) -> FirstPass:
     """A pass over these pieces, by row in the batch that `common` describes. Indices are worked out on the host and sent over."""
     device = common.block_table_tensor.device
@@ -84,11 +107,11 @@ def _gathered(
         seq_lens=async_tensor_h2d(seq_lens, device=device),
         num_reqs=len(rows),
         num_actual_tokens=len(positions),
-        max_query_len=int(counts.max()) if len(rows) else 0,
-        max_seq_len=int(seq_lens.max()) if len(rows) else 0,
+        max_query_len=int(counts.max()),
+        max_seq_len=int(seq_lens.max()),
         block_table_tensor=table,
         slot_mapping=blocks.to(common.slot_mapping.dtype) * block_size + positions % block_size,
         causal=True,
     )
-    joined = join(list(pieces.values())) if pieces else Piece(0, next_token_ids[:0], next_token_ids[:0])
+    joined = join(list(pieces.values()))
     return FirstPass(joined.token_ids, next_token_ids, positions, joined.features, metadata)

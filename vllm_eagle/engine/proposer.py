@@ -24,7 +24,7 @@ from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level, Limits, NoiseAt, Request, grow
 from vllm_eagle.engine.backlog import Backlog
 from vllm_eagle.engine.filters import Filters
-from vllm_eagle.engine.first_pass import FirstPass, catching_up, divide
+from vllm_eagle.engine.first_pass import FirstPass, passes
 from vllm_eagle.engine.grammar import DraftConstraints
 from vllm_eagle.noise import gumbel, peek_seeds
 from vllm_eagle.noise_rows import NoiseRows
@@ -144,15 +144,12 @@ class EagleTreeProposer(EagleProposer):
         drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
         self.first_rows, self.level_rows, self.levels_s, self.num_drafting = 0, [], 0.0, 0
         step = self._plan(num_speculative_tokens)
-        for late in catching_up(whole, step.req_ids, step.rows_now, self._backlog, self.block_size, self.max_num_tokens):
-            self._first_pass(late)
-        newest = divide(whole, step.req_ids, step.rows_now, self._backlog, self.block_size)
-        if not step.rows_now:
-            return drafts
-        last_hidden, hidden, last_rows = self._first_pass(newest)
+        for each in passes(whole, step.req_ids, step.rows_now, self._backlog, self.block_size, self.max_num_tokens):
+            last_hidden, hidden, last_rows = self._first_pass(each)
         self.num_drafting = len(step.requests)
         if step.requests:
-            rows = last_rows[async_tensor_h2d([step.rows_now.index(row) for row in step.requests], device=self.device)]
+            place = {row: i for i, row in enumerate(step.rows_now)}
+            rows = last_rows[async_tensor_h2d([place[row] for row in step.requests], device=self.device)]
             chosen = async_tensor_h2d(list(step.requests), device=self.device)
             common = common_attn_metadata
             levels = self._levels(common.block_table_tensor[chosen], common.seq_lens[chosen].long(), common.max_seq_len)
