@@ -30,6 +30,25 @@ def test_compare_finds_identical_tokens_and_writes_json(tmp_path: Path) -> None:
     assert result["tau"]["tree16"] > 1
 
 
+def test_gpu_check_wants_torch_and_triton_alone() -> None:
+    """The kernels may be tried where nothing else is installed."""
+    code = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *unused):
+        if name.split(".")[0] in ("vllm", "transformers", "safetensors", "xformers", "datasets", "psutil"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from vllm_eagle import cli
+sys.exit(cli.main(["gpu-check", "--help"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--interpret" in done.stdout
+
+
 def test_who_has_seen_enough_may_stop_reading() -> None:
     """As `head` does."""
     read, write = os.pipe()

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cuda_parts import LAYER, new_impl, runner_with
 from vllm_eagle.attention import interface
-from vllm_eagle.config import TreeConfig
 from vllm_eagle.draft import Level
 from vllm_eagle.ops.cases import Attention, attention_inputs
 from vllm_eagle.tree import DraftTree
@@ -48,7 +48,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadataBuilder
     from vllm.v1.attention.ops import merge_attn_states
 
-    from vllm_eagle.attention import cuda
+    from vllm_eagle.attention import cuda, flash
 
     for builder in (FlashAttentionMetadataBuilder, TritonAttentionMetadataBuilder):
         monkeypatch.setattr(builder, "build", lambda self, prefix, common, fast=False: common)
@@ -56,7 +56,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(impl, "forward", plain_attention)
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", flash_attention, raising=False)
     monkeypatch.setattr(merge_attn_states, "merge_attn_states", merged)
-    found = {"TRITON_ATTN": cuda.TreeTritonAttentionBackend, "FLASH_ATTN": cuda.TreeFlashAttentionBackend}
+    found = {"TRITON_ATTN": cuda.TreeTritonAttentionBackend, "FLASH_ATTN": flash.TreeFlashAttentionBackend}
     return found[request.param]
 
 
@@ -104,21 +104,12 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1)
 
 
-def new_impl(backend: Any, head_dim: int) -> Any:
-    impl = backend.get_impl_cls().__new__(backend.get_impl_cls())
-    impl.scale, impl.head_size, impl.kv_cache_dtype, impl.attn_type = head_dim**-0.5, head_dim, "auto", "decoder"
-    impl.alibi_slopes, impl.sinks, impl.sliding_window, impl.logits_soft_cap = None, None, (-1, -1), None
-    impl.vllm_flash_attn_version, impl.fa4_hd256 = 3, False
-    return impl
-
-
-LAYER = SimpleNamespace(layer_name="layer", _k_scale_float=1.0, _v_scale_float=1.0, _k_scale=torch.ones(1), _v_scale=torch.ones(1))
-
-
 @interpreted
 @pytest.mark.parametrize("all_have_trees", [False, True])
-def test_rows_of_trees_and_others_are_divided_and_put_together(backend: Any, all_have_trees: bool) -> None:
-    from vllm_eagle.ops.tree_attention import reference
+def test_rows_of_trees_and_others_are_divided_and_put_together(
+    backend: Any, all_have_trees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_eagle.ops import tree_attention
 
     query, key, value, kv_cache, rows = attention_inputs(Attention(SIZES), torch.device("cpu"), 3)
     # A batch as vLLM lays it out: requests one after the other, without the gaps of the case.
@@ -152,6 +143,9 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(backend: Any, all
     assert (metadata.plain is None) == all_have_trees
 
     found, expected = torch.full_like(query, 7.0), torch.empty_like(query)
+    room = []
+    workspace = tree_attention._workspace
+    monkeypatch.setattr(tree_attention, "_workspace", lambda *args: [room.append(args[2]), workspace(*args)][1])
     new_impl(backend, query.shape[2]).forward(LAYER, query, key, value, kv_cache, metadata, found)
     whole = lay_out(trees, range(len(SIZES)), starts[:-1].tolist(), contexts)
     of_reference = type(rows)(
@@ -163,8 +157,10 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(backend: Any, all
         num_nodes,
         torch.from_numpy(whole.ancestors),
     )
-    reference(query, key, value, kv_cache, of_reference, query.shape[2] ** -0.5, expected)
+    tree_attention.reference(query, key, value, kv_cache, of_reference, query.shape[2] ** -0.5, expected)
     assert torch.allclose(found, expected, atol=2e-5, rtol=2e-5)
+    if backend.get_name() == "FLASH_ATTN":  # whose parts have no rows for the prompts beside the trees
+        assert room == [sum(SIZES[i][0] for i in chosen)]
 
 
 @interpreted
@@ -241,6 +237,11 @@ def test_what_a_layer_cannot_do_is_said(backend: Any, changes: dict[str, Any], r
 
 
 @interpreted
+def test_vllm_may_not_fuse_quantization_into_tree_attention(backend: Any) -> None:
+    assert not new_impl(backend, 8).fused_output_quant_supported(None)
+
+
+@interpreted
 def test_every_backend_has_the_interface_of_attention(backend: Any) -> None:
     assert issubclass(backend.get_impl_cls(), interface.TreeAttention)
     assert backend.get_name() in interface.CUDA_BACKENDS
@@ -248,31 +249,50 @@ def test_every_backend_has_the_interface_of_attention(backend: Any) -> None:
 
 @interpreted
 def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_eagle.engine.gpu_runner import EagleTreeGPUModelRunner
+    """For every kind of layer, with few and many rows, in one part and in several."""
     from vllm_eagle.ops import tree_attention
-    from vllm_eagle.ops.move_slots import Caches
 
-    cache = torch.zeros(2, 2, 16, 128, dtype=torch.float16)
-    layer = SimpleNamespace(num_heads=8, num_kv_heads=2, head_size=64, kv_cache=cache, impl=new_impl(backend, 64), **vars(LAYER))
-    runner = EagleTreeGPUModelRunner.__new__(EagleTreeGPUModelRunner)
-    runner.device, runner.dtype, runner.max_model_len = torch.device("cpu"), torch.float16, 4096
-    runner.compilation_config = SimpleNamespace(static_forward_context={"layer": layer})
-    runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
-    runner._caches = {0: Caches.of([cache])}
-    runner.model_config, runner.tree_config = SimpleNamespace(get_vocab_size=lambda: 40), TreeConfig(16)
+    impls = [new_impl(backend, 64) for _ in range(3)]
+    impls[2].sliding_window = (15, 0)
+    runner = runner_with(impls, 16)
     monkeypatch.setattr(tree_attention, "_multiprocessors", lambda device: 132)
-    launched = set()
+    launched = []
     launch = tree_attention._launch
 
     def spy(*args: Any) -> None:
-        blocks, num_splits = tree_attention._blocks(args[0], args[4].visible.shape[1] * 4), args[-1]
-        launched.add((blocks[0], num_splits > 1))
+        block_m, _ = tree_attention._blocks(args[0], args[4].visible.shape[1] * 4)
+        launched.append((block_m, args[6][2], args[-1] > 1))
         launch(*args)
 
     monkeypatch.setattr(tree_attention, "_launch", spy)
     runner.warm_up_kernels()
-    assert launched == {(rows, split) for rows in (16, 32, 64, 128) for split in (False, True)}
-    assert not cache.any()
+    assert set(launched) == {(rows, window, split) for rows in (16, 32, 64, 128) for window in (0, 16) for split in (False, True)}
+    assert len(launched) == len(set(launched))  # layers of one kind are taken once
+    assert not any(layer.kv_cache.any() for layer in runner.compilation_config.static_forward_context.values())
+
+
+@interpreted
+@pytest.mark.skipif(find_spec("xformers") is None, reason="needs xformers: pip install --no-deps -r vllm_eagle/interop.lock")
+def test_xformers_is_warmed_up_with_a_context_as_long_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.xformers_by_torch import replace_kernels
+    from vllm_eagle.attention.xformers import TreeXFormersBackend
+    from vllm_eagle.ops import xformers_attention
+
+    replace_kernels(monkeypatch)
+    longest = []
+    context_bias = xformers_attention._context_bias
+    monkeypatch.setattr(
+        xformers_attention, "_context_bias", lambda rows, most, *args: [longest.append(most), context_bias(rows, most, *args)][1]
+    )
+    runner_with([new_impl(TreeXFormersBackend, 64)], 64).warm_up_kernels()
+    assert set(longest) == {1, 1024}
+
+
+@interpreted
+def test_tokens_on_the_host_are_not_waited_for() -> None:
+    """vLLM's bookkeeping copies what was sampled from the GPU; the scorer's walks have it on the host."""
+    tokens = torch.tensor([[3], [-1]], dtype=torch.int32)
+    assert runner_with([], 16)._to_list(tokens) == [[3], [-1]]
 
 
 @interpreted
@@ -280,12 +300,12 @@ def test_flash_attention_takes_what_we_give_it() -> None:
     """Its wrapper cannot be imported without its CUDA library, so its source is read."""
     import vllm
 
-    from vllm_eagle.attention import cuda
+    from vllm_eagle.attention import flash
 
     source = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
     functions = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)]
     wrapper = next(node for node in functions if node.name == "flash_attn_varlen_func")
-    calls = [node for node in ast.walk(ast.parse(Path(cuda.__file__).read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(ast.parse(Path(flash.__file__).read_text())) if isinstance(node, ast.Call)]
     ours = next(node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "flash_attn_varlen_func")
     assert {keyword.arg for keyword in ours.keywords} <= {arg.arg for arg in wrapper.args.args + wrapper.args.kwonlyargs}
 
@@ -299,8 +319,9 @@ def test_xformers_backend_has_the_interface_too() -> None:
     impl = new_impl(TreeXFormersBackend, 80)
     assert isinstance(impl, interface.TreeAttention)
     assert TreeXFormersBackend.get_name() in interface.CUDA_BACKENDS
-    impl.kv_cache_dtype = "fp8"
+    impl.kv_cache_dtype, impl.fa4_hd256 = "fp8", True
     reasons = impl.not_supported_reasons(100)
     assert any("heads of 80" in reason for reason in reasons)
+    assert any("FlashAttention 4" in reason for reason in reasons)
     assert any("scales per token" in reason for reason in reasons)
     assert all(reason.endswith("TRITON_ATTN") for reason in reasons)

@@ -10,9 +10,9 @@ from vllm_eagle.pair import HEAD
 
 
 def test_options_of_a_server() -> None:
-    found = flags({"dtype": "bfloat16", "enforce_eager": True, "seed": None, "lora": False} | vllm_chain(str(HEAD), 3))
-    assert found[:4] == ["--dtype", "bfloat16", "--enforce-eager", "--speculative-config"]
-    assert json.loads(found[4]) == {"method": "eagle", "model": str(HEAD), "num_speculative_tokens": 3}
+    found = flags({"dtype": "bfloat16", "enforce_eager": True, "seed": None, "enable_lora": False} | vllm_chain(str(HEAD), 3))
+    assert found[:5] == ["--dtype", "bfloat16", "--enforce-eager", "--no-enable-lora", "--speculative-config"]
+    assert json.loads(found[5]) == {"method": "eagle", "model": str(HEAD), "num_speculative_tokens": 3}
     assert flags(ours("head", 8, topk=2)) == [
         *("--spec-model", "head", "--spec-tokens", "8"),
         *("--additional-config", '{"vllm_eagle": {"topk": 2}}'),

@@ -1,12 +1,16 @@
 """The matrix is what is tested and what is refused."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engines import ENGINE, trees
@@ -27,8 +31,8 @@ BREAKS: dict[str, dict[str, object]] = {
     "ALiBi": {"model_config.uses_alibi": True},
     "multimodal models": {"model_config.is_multimodal_model": True},
     "M-RoPE": {"model_config.uses_mrope": True},
-    "soft-capped attention": {"model_config.hf_text_config.attn_logit_softcapping": 50.0},
-    "sliding windows shorter than max_model_len": {"model_config.get_sliding_window": lambda: 64},
+    "soft-capped attention on CPUs": {"model_config.hf_text_config.attn_logit_softcapping": 50.0},
+    "sliding windows shorter than max_model_len, on CPUs": {"model_config.get_sliding_window": lambda: 64},
     "heads of another hidden size": {"model_config.get_hidden_size": lambda: 96},
     "heads of another vocabulary": {"model_config.get_vocab_size": lambda: 77},
     "EAGLE-3 heads that name impossible layers": {
@@ -85,8 +89,49 @@ def test_every_rule_refuses_what_breaks_it_and_nothing_else(rule: support.Rule, 
     assert reason in str(refused.value)
 
 
+ON_CPUS = [rule for rule in support.RULES if rule.feature.endswith("on CPUs")]
+
+
+@pytest.mark.parametrize("rule", ON_CPUS, ids=lambda rule: rule.feature)
+def test_what_the_cpus_kernel_cannot_do_is_left_to_the_layers_elsewhere(rule: support.Rule, config: Any) -> None:
+    changed = Changed(config, BREAKS[rule.feature] | {"device_config.device_type": "cuda"})
+    assert rule.check(changed) is None  # type: ignore[arg-type]
+
+
 def test_no_rule_is_forgotten_here() -> None:
     assert BREAKS.keys() == {rule.feature for rule in support.RULES}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.parametrize(
+    ("changes", "capability", "chosen"),
+    [
+        ({}, (9, 0), "FLASH_ATTN"),
+        ({}, (7, 5), "TRITON_ATTN"),
+        ({"model_config.dtype": torch.float32}, (9, 0), "TRITON_ATTN"),
+        ({"cache_config.cache_dtype": "fp8"}, (9, 0), "TRITON_ATTN"),
+        ({"model_config.get_sliding_window": lambda: 64}, (9, 0), "TRITON_ATTN"),
+        ({"model_config.get_sliding_window": lambda: 1 << 20}, (9, 0), "FLASH_ATTN"),
+        ({"speculative_config.draft_model_config.get_sliding_window": lambda: 64}, (9, 0), "TRITON_ATTN"),
+        ({"model_config.hf_text_config.attn_logit_softcapping": 50.0}, (9, 0), "FLASH_ATTN"),
+        ({"model_config.get_head_size": lambda: 256}, (9, 0), "FLASH_ATTN"),
+        ({"model_config.get_head_size": lambda: 256}, (10, 0), "TRITON_ATTN"),
+        ({"speculative_config.draft_model_config.get_head_size": lambda: 256}, (10, 0), "TRITON_ATTN"),
+    ],
+)
+def test_the_backend_that_is_chosen_takes_the_layers(
+    changes: dict[str, object], capability: tuple[int, int], chosen: str, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be refused when layers are loaded (`not_supported_reasons`) is never chosen by itself."""
+    from vllm.v1.attention.backends import fa_utils
+
+    from vllm_eagle.attention import cuda
+
+    platform = SimpleNamespace(get_device_capability=lambda: DeviceCapability(*capability))
+    for module in (cuda, fa_utils):
+        monkeypatch.setattr(module, "current_platform", platform)
+    half = {"model_config.dtype": torch.bfloat16, "speculative_config.draft_model_config.dtype": torch.bfloat16}
+    assert cuda.default_backend(Changed(config, half | changes)).name == chosen  # type: ignore[arg-type]
 
 
 def test_what_works_names_a_test_that_exists() -> None:

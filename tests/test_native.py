@@ -1,9 +1,15 @@
 """The C++ operators are built once, and nothing fails where they cannot be built."""
 
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from vllm_eagle import native
 
 CODE = "from vllm_eagle import native; print(native.problem(), native.runs())"
 
@@ -20,8 +26,15 @@ def test_built_once(tmp_path: Path) -> None:
     built = library.stat().st_mtime_ns
     assert told(tmp_path, CXX="no-such-compiler") == "None True"  # nothing to compile any more
     assert library.stat().st_mtime_ns == built
+    whole = tmp_path / "whole.so"
+    whole.write_bytes(library.read_bytes())
     library.write_bytes(b"cut off")
-    assert told(tmp_path) == "None True"  # built anew
+    # A compiler that has its result ready: the real one takes a minute or more.
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp {whole} "$2"\n')
+    compiler.chmod(0o755)
+    assert told(tmp_path, CXX=str(compiler)) == "None True"  # built anew
+    assert library.read_bytes() == whole.read_bytes()
 
 
 def test_no_compiler(tmp_path: Path) -> None:
@@ -37,3 +50,80 @@ def test_broken_compiler(tmp_path: Path) -> None:
 
 def test_switched_off(tmp_path: Path) -> None:
     assert told(tmp_path, VLLM_EAGLE_NATIVE="0") == "switched off by VLLM_EAGLE_NATIVE=0 False"
+
+
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As for a user who stands in no list of users: where the temporary files are."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_home_there_is_a_folder_of_ones_own(homeless: Path) -> None:
+    folder = native._folder()
+    assert folder == native._folder()
+    assert folder.parent == homeless
+    assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (os.getuid(), 0o700)
+
+
+def test_a_home_that_nothing_can_be_written_to(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (homeless / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(homeless / "file"))  # fails for root, too
+    assert native._folder().parent == homeless
+
+
+def _open_to_others(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def _link(folder: Path) -> None:
+    elsewhere = folder.with_name("elsewhere")
+    elsewhere.mkdir(mode=0o700)
+    folder.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("make", [_open_to_others, _link, pytest.param(lambda folder: folder.mkdir(0o700), id="other_owner")])
+def test_nothing_is_loaded_from_where_others_could_put_it(homeless: Path, monkeypatch: pytest.MonkeyPatch, make: object) -> None:
+    owner = os.getuid()
+    if make not in (_open_to_others, _link):
+        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    make(homeless / f"vllm_eagle_{os.getuid()}")  # type: ignore[operator]
+    loaded: list[object] = []
+    monkeypatch.setattr(native.torch.ops, "load_library", loaded.append)
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    native.problem.cache_clear()
+    try:
+        assert "others may write to" in (native.problem() or "")
+        assert not native.runs()
+        assert not loaded
+    finally:
+        native.problem.cache_clear()
+
+
+def test_a_user_without_a_home_has_the_operators(tmp_path: Path) -> None:
+    """In a process of its own; the library is there, so that nothing is compiled."""
+    assert native.problem() is None
+    folder = tmp_path / f"vllm_eagle_{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    shutil.copy(native._path(), folder)
+    code = "import pathlib\n\ndef home(): raise RuntimeError('no home')\n\npathlib.Path.home = home\n" + CODE
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {"TMPDIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None True"
+
+
+def test_a_user_without_a_home_and_without_a_compiler_goes_on_with_torch(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.problem.cache_clear()
+    try:
+        assert native.problem() == "no C++ compiler: install g++, or set CXX to one"
+    finally:
+        native.problem.cache_clear()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_eagle.cli import main
 from vllm_eagle.pair import TARGET
 from vllm_eagle.train.data import DataReport, load_examples
 from vllm_eagle.train.regenerate import regenerate
@@ -220,13 +221,14 @@ def test_options_that_cannot_be_are_refused_before_any_model_is_read(tmp_path: P
             run(replace(settings, **change), FakeEngine())
 
 
-def test_vllm_writes_the_targets_own_greedy_answers(tmp_path: Path) -> None:
+def test_vllm_writes_the_targets_own_greedy_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real thing, as a user types it, against transformers; a second run finds nothing to do."""
     rows = [dialogue("What is 3 + 4?", "old", "And 5 + 6?", "old"), dialogue("Tom has 3 apples and buys 4. How many?", "old")]
     rows += [{"prompt": "A train goes 60 miles in 2 hours. How fast is it?"}, {"text": "left out"}]
     settings = settings_for(tmp_path, *rows)
-    command = [sys.executable, "-m", "vllm_eagle.cli", "regenerate", "--target", str(TARGET), "--data", str(settings.data[0])]
-    command += ["--out", str(settings.out), "--temperature", "0", "--max-tokens", "24", "--dtype", "float32"]
+    arguments = ["regenerate", "--target", str(TARGET), "--data", str(settings.data[0])]
+    arguments += ["--out", str(settings.out), "--temperature", "0", "--max-tokens", "24", "--dtype", "float32"]
+    command = [sys.executable, "-m", "vllm_eagle.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 x plain text" in done.stdout
@@ -241,5 +243,5 @@ def test_vllm_writes_the_targets_own_greedy_answers(tmp_path: Path) -> None:
                 answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
                 assert message["content"] == TOKENIZER.decode(answer, skip_special_tokens=True)
                 assert (message.get("finish_reason") == "length") == (TOKENIZER.eos_token_id not in answer)
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert again.stdout.splitlines()[-1] == f"0 dialogues added to {settings.out}"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"0 dialogues added to {settings.out}"

@@ -1,14 +1,23 @@
 """What `vllm-eagle bench` makes of what it measured."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from vllm.v1.metrics.stats import IterationStats
 
-from vllm_eagle.bench import throughput_report
+from vllm_eagle.bench import throughput, throughput_report, throughput_sides
 from vllm_eagle.bench.offline import Generated
-from vllm_eagle.bench.throughput import PLAIN, Settings, _asks, _summary, measure, run, variants
+from vllm_eagle.bench.output_gaps import output_gaps
+from vllm_eagle.bench.throughput import PLAIN, Settings, _asks, _summary, measure, order, run, variants
 from vllm_eagle.pair import HEAD, TARGET
 
 
@@ -47,21 +56,142 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert found["tokens_per_s"] == 3.0
     assert (found["identical"], found["answers"]) == (2, 3)
     assert found["next_token_ms"]["p50"] == 10.0
+    assert found["answer_tokens_per_s"] == 100.0
+
+
+def measured(dtype: str = "float32", **last: int) -> dict[str, Any]:
+    """A result as JSON; `last` has the last token of an answer by variant, where it is not plain vLLM's."""
+    rounds = [{name: generated(2.0 - i, last.get(name, 3)) for i, name in enumerate((PLAIN, "trees"))}]
+    rounds[0]["vllm_chain3"] = generated(1.0, last.get("vllm_chain3", 3))
+    column = {name: _summary(rounds, name) for name in rounds[0]}
+    return {
+        "concurrency": {"1": column, "8": column},
+        "settings": {"model": "m", "head": "h", "prompts": "built in", "concurrency": [1, 8], "dtype": dtype, "temperature": 0.0}
+        | {"http": True, "enforce_eager": False, "replay": None, "prefix_caching": False},
+        "cores": 2,
+        "machine": "Some CPU",
+        "versions": {"vllm": "0.32.0", "torch": "2.11"},
+        "host_mib": {PLAIN: 900, "trees": 1000},
+        "device_mib": None,
+    }
 
 
 def test_a_report_is_written(tmp_path: Path) -> None:
-    column = {name: _summary([{PLAIN: generated(2.0), "trees": generated(1.0)}], name) for name in (PLAIN, "trees")}
-    result = {
-        "concurrency": {"1": column, "8": column},
-        "settings": {"dtype": "float32"},
-        "cores": 2,
-        "memory_mib": {PLAIN: 900, "trees": 1000},
-    }
+    result = measured()
     throughput_report.write(result, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "| trees | 3.0 (2.00x, tau 2.00) | 3.0 (2.00x, tau 2.00) |" in text
     assert (tmp_path / "out" / "bench.png").stat().st_size > 5000
+    assert text.splitlines()[:6] == [
+        "- Machine: Some CPU, 2 cores",
+        "- Versions: vllm 0.32.0, torch 2.11",
+        "- dtype: float32",
+        "- Options of `vllm-eagle bench`: `--model m --head h --concurrency 1 8 --dtype float32 --temperature 0.0 --http`",
+        "- Prefix caching: off, for all alike",
+        "- Host memory, MiB: plain 900, trees 1000",
+    ]
+    on_gpu = throughput_report.conditions(result | {"device_mib": {PLAIN: 30_000}})
+    assert on_gpu.endswith("- GPU memory, KV cache included, MiB: plain 30000")
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "lines"),
+    [
+        (measured(), 0, []),
+        (measured(trees=4), 1, ["trees: 2 of 2 answers differ from plain vLLM's (FAIL: greedy answers in float32 must not)"]),
+        (measured("bfloat16", trees=4), 0, ["trees: 2 of 2 answers differ from plain vLLM's (no failure here)"]),
+        (measured(vllm_chain3=4), 0, ["vllm_chain3: 2 of 2 answers differ from plain vLLM's (no failure here)"]),
+    ],
+    ids=["identical", "float32", "bfloat16", "of_vllm"],
+)
+def test_answers_that_differ_fail_the_run_only_where_they_must_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: dict[str, Any], status: int, lines: list[str]
+) -> None:
+    monkeypatch.setattr(throughput, "measure", lambda *_: result)
+    monkeypatch.setattr(throughput, "encode_prompts", lambda *_: [])
+    assert run(settings(), None) == status
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if "differ" in line] == lines
+    assert json.loads(told[-1]) == result
+
+
+def test_sampled_answers_may_differ() -> None:
+    result = measured(trees=4)
+    result["settings"]["temperature"] = 1.0
+    assert not throughput_report.is_wrong(result)
+
+
+def test_nobody_always_follows_the_same_one() -> None:
+    assert [order(["a", "b"], turn) for turn in range(4)] == [["a", "b"], ["b", "a"], ["b", "a"], ["a", "b"]]
+    names = ["a", "b", "c"]
+    assert {tuple(order(names, turn)) for turn in range(6)} == {
+        *(("a", "b", "c"), ("c", "b", "a"), ("b", "c", "a")),
+        *(("a", "c", "b"), ("c", "a", "b"), ("b", "a", "c")),
+    }
+    follows = {pair for turn in range(2) for pair in pairwise(order(names, turn))}
+    assert follows == {("a", "b"), ("b", "c"), ("c", "b"), ("b", "a")}
+
+
+def test_gaps_between_outputs_are_those_of_the_engines_steps() -> None:
+    """Of the steps within the context: two requests in the first, none in the second, one in the third."""
+    others: list[Any] = [object()]
+    llm: Any = SimpleNamespace(llm_engine=SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=others)))
+    with output_gaps(llm) as gaps_s:
+        assert len(others) == 2
+        for seconds in ([0.1, 0.2], None, [0.3]):
+            stats = None if seconds is None else IterationStats()
+            if stats is not None:
+                stats.inter_token_latencies_iter += seconds
+            others[-1].record(None, stats, mm_cache_stats=None, engine_idx=0)
+    assert gaps_s == [0.1, 0.2, 0.3]
+    assert len(others) == 1
+
+
+def test_memory_of_processes_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper of a server ends while it is looked at; then the server does."""
+    own = throughput_sides.host_bytes(os.getpid(), with_children=False)
+    assert own > 1 << 20
+
+    class Ended:
+        def memory_info(self) -> None:
+            raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [Ended(), psutil.Process()])
+    assert throughput_sides.host_bytes(os.getpid(), with_children=True) == pytest.approx(2 * own, rel=0.1)
+    assert throughput_sides.host_bytes(1 << 30, with_children=True) == 0
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_every_side_gets_the_same_and_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_gpu: bool
+) -> None:
+    """Without engines: none may keep prompts, rounds are shown as they end, and what a side took of the GPU is its own."""
+    started: list[dict[str, Any]] = []
+
+    @contextmanager
+    def start(model: str, arguments: dict[str, Any]) -> Iterator[throughput_sides.Side]:
+        started.append(arguments)
+        yield lambda asks, _: Generated([[1, 2, 3]] * len(asks), ["x"] * len(asks), 1.0, 1.0, [0.1], [0.01]), lambda: 3 << 20
+
+    monkeypatch.setattr(throughput, "engine_side", start)
+    monkeypatch.setattr(throughput, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((80 - (1 + len(started)) ** 2) << 30, 80 << 30))
+    chosen = settings(only=["trees"], rounds=2, concurrency=(1, 4))
+    result = measure(chosen, [[1, 2]], variants(chosen))
+    assert [each["enable_prefix_caching"] for each in started] == [False, False]
+    assert result["settings"]["prefix_caching"] is False
+    assert result["host_mib"] == {PLAIN: 3, "trees": 3}
+    assert result["device_mib"] == ({PLAIN: 3 << 10, "trees": 5 << 10} if on_gpu else None)
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        f"{what}: plain {rate}.0 tokens/s (1.00x)  trees {rate}.0 tokens/s (1.00x)"
+        for what, rate in (
+            *(("1 at once, round 1 of 2", 24), ("1 at once, round 2 of 2", 24), ("1 at once, medians", 24)),
+            *(("4 at once, round 1 of 2", 48), ("4 at once, round 2 of 2", 48), ("4 at once, medians", 48)),
+        )
+    ]
 
 
 def test_every_round_asks_something_else() -> None:
@@ -84,8 +214,10 @@ def test_measured(http: bool) -> None:
     assert (found["identical"], found["answers"]) == (24, 24)
     assert found["tau"] > 1.0
     assert found["tokens_per_s"] > 0
-    assert result["memory_mib"]["trees"] > 100
-    assert (found["gap_ms"] is not None) == http
+    assert result["host_mib"]["trees"] > 100
+    # Half of the answers have a gap at least as long as what a token of the median answer takes, and that is more than 1 in 100.
+    assert found["gap_ms"]["p99"] >= found["next_token_ms"]["p50"] > 0
+    assert result["concurrency"]["3"][PLAIN]["gap_ms"]["p50"] > 0
     assert "24 of 24" in throughput_report.details(result)
 
 

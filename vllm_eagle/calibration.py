@@ -24,7 +24,7 @@ class Calibration:
     _LATELY = 0.97  # weight of a pass's nodes one pass later, for `drift`
     _LATELY_PRIOR = 5.0  # accepted nodes
     _CHANCE = 1.1  # of `drift`, a factor that is put down to chance
-    _FORGIVES, _AGES = 0.99, 0.9993  # what a pass without drafts leaves of `drift`'s counts, and of the buckets'
+    _FORGIVES, _AGES = 0.996, 0.9993  # what a pass without drafts leaves of `drift`'s counts, and of the buckets'
 
     def __init__(self) -> None:
         middles = (self._EDGES[1:] + self._EDGES[:-1]) / 2

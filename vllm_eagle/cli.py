@@ -62,12 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
     heads.add_convert_arguments(commands.add_parser("convert", help="write a head as vLLM, SafeAILab or speculators load it"))
     heads.add_inspect_arguments(commands.add_parser("inspect", help="what a head is, which target it fits, what is odd about it"))
 
-    from vllm_eagle.evaluate import command as evaluation
-
     measure = commands.add_parser("eval", help="draft accuracy, calibration and expected tau of a head, without vLLM")
     measure.add_argument("--target", dest="model", help="target model (default: the shipped one)")
     measure.add_argument("--head", help="head for it (default: the shipped one)")
-    evaluation.add_arguments(measure)
+    measure.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
+    measure.add_argument("--limit", type=int, help="use the first N prompts")
+    measure.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
+    measure.add_argument("--mode", choices=["dynamic", "static", "chain"], default="dynamic", help="(default %(default)s)")
+    measure.add_argument("--temperature", type=float, default=0.0)
+    measure.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")
+    measure.add_argument("--max-tokens", type=int, default=128, help="per answer (default %(default)s)")
+    measure.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    measure.add_argument("--batch", type=int, default=32, help="prompts at a time (default %(default)s)")
+    measure.add_argument("--out", type=Path, help="folder for eval.json and reliability.png")
     measure.set_defaults(run=_eval)
 
     compare = commands.add_parser("compare", help="tokens per target pass: plain vLLM, its EAGLE chain, our trees")
@@ -80,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     compare.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only, e.g. tree16 vllm_chain3")
     compare.add_argument("--medusa", help="Medusa heads for the target, as another variant")
+    compare.add_argument("--attention-backend", metavar="NAME", help="as vLLM's option (default: what it, or the trees, choose)")
     compare.add_argument("--json", type=Path, help="write the result here, too")
     compare.set_defaults(run=_compare)
 

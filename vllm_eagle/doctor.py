@@ -48,7 +48,12 @@ def _findings() -> Iterator[Finding]:
     if current_platform.is_cpu():
         yield from _cpu_findings()
     elif current_platform.is_cuda():
-        yield "note", "device", f"{current_platform.device_name}: draft trees were written for CUDA, no GPU has run them yet"
+        device = current_platform.device_name
+        yield (
+            "note",
+            "device",
+            f"{device}: draft trees were written for CUDA, no GPU has run them yet; first run: vllm-eagle gpu-check",
+        )
     else:
         yield "FAIL", "device", f"{current_platform.device_name}: draft trees run on CPU and CUDA"
     from vllm_eagle.pair import HEAD, TARGET

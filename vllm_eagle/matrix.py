@@ -27,7 +27,11 @@ WORKS = (
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
 )
 OTHERWISE = (
-    ("CUDA", "not run", "vLLM's V1 runner, FLASH_ATTN, TRITON_ATTN or xformers (CUSTOM); no GPU has run it yet"),
+    (
+        "CUDA",
+        "not run",
+        "vLLM's V1 runner, FLASH_ATTN, TRITON_ATTN or xformers (CUSTOM); no GPU has run it yet: vllm-eagle gpu-check",
+    ),
     ("Ray", "by name", "worker and scheduler go by name to every node that has vllm_eagle installed; not run so far"),
     ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),
 )

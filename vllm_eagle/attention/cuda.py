@@ -1,13 +1,22 @@
-"""vLLM's CUDA attention backends with tree rows. Not run on a GPU yet.
+"""vLLM's CUDA attention backends with tree rows: their choice, what they share, and Triton's. Not run on a GPU yet.
 
 | backend | tree rows run through | not for |
 | --- | --- | --- |
-| FLASH_ATTN | FlashAttention over the context, our kernel over the tree's own keys, vLLM's merge | float32, windows, fp8 caches |
-| TRITON_ATTN | our kernel for both, in one launch where a context is short | per-token-head and 4-bit caches |
-| CUSTOM | xformers (xformers.py) | float32, windows, soft caps, fp8 caches, heads of other sizes than powers of two |
+| FLASH_ATTN (flash.py) | FlashAttention over the context, our kernel over the tree, vLLM's merge | float32, windows, fp8, hd256 |
+| TRITON_ATTN | our kernel for both, in one launch where a context is short | - |
+| CUSTOM (xformers.py) | xformers' partial attention over both, its merge | float32, windows, fp8, hd256, soft caps, other heads |
 
-FLASH_ATTN is what is taken where it can: FlashAttention reads a long context fastest, and the tree's own keys are few. That is
-reasoning, not measurement. Each impl says why it cannot run a layer (`not_supported_reasons`).
+- float32: FlashAttention, which runs plain rows under CUSTOM, too, computes in 16 bits; vLLM refuses it.
+- windows shorter than max_model_len: both would count them by row, as if a tree's rows were consecutive tokens.
+- fp8 caches: FlashAttention wants the query quantized, too, xformers wants scales per token.
+- hd256: heads of 256 on GPUs where FlashAttention 4 has a kernel of its own for them (Blackwell), which wants other pages.
+- other heads: xformers knows powers of two from 16 to 512.
+- None of them runs ALiBi, attention sinks, what is not causal, or caches of other types than 16 and 32 bits and fp8 (e4m3).
+
+But for float32, these are what `not_supported_reasons` of the impls say when layers are loaded.
+
+Where nothing is chosen, it is FLASH_ATTN if it can run target and head, else TRITON_ATTN: FlashAttention reads a long context
+fastest, and the tree's own keys are few. That is reasoning, not measurement.
 
 Requests without a tree, and chains, run through vLLM's own kernel as always. Keys and values are written by vLLM.
 """
@@ -17,16 +26,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import async_tensor_h2d, canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, AttentionType, CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadata,
-    FlashAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.fa_utils import uses_fa4_hd256_kernel
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
@@ -44,36 +49,47 @@ _FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
 
 def register(vllm_config: VllmConfig) -> None:
     """Put our backends in the places of vLLM's, and choose one where the user has not."""
-    register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{TreeFlashAttentionBackend.__name__}")
+    register_backend(AttentionBackendEnum.FLASH_ATTN, "vllm_eagle.attention.flash.TreeFlashAttentionBackend")
     register_backend(AttentionBackendEnum.TRITON_ATTN, f"{__name__}.{TreeTritonAttentionBackend.__name__}")
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_eagle.attention.xformers.TreeXFormersBackend")
     if vllm_config.attention_config.backend is None:  # else support.py has made sure that it is one of these
-        name = "FLASH_ATTN" if _flash_attention_fits(vllm_config) else "TRITON_ATTN"
-        vllm_config.attention_config.backend = AttentionBackendEnum[name]
+        vllm_config.attention_config.backend = default_backend(vllm_config)
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.attention_backend is None:  # vLLM would choose another one for the head
         speculative.attention_backend = vllm_config.attention_config.backend
 
 
-def _flash_attention_fits(vllm_config: VllmConfig) -> bool:
-    """Whether it can run here at all, and with tree rows."""
-    model, capability = vllm_config.model_config, current_platform.get_device_capability()
-    return (
+def default_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
+    """One that runs here, and takes the tree rows of target and head: else their layers would be refused."""
+    capability, speculative = current_platform.get_device_capability(), vllm_config.speculative_config
+    models = [vllm_config.model_config, *([] if speculative is None else [speculative.draft_model_config])]
+    flash = (
         capability is not None
-        and TreeFlashAttentionBackend.supports_compute_capability(capability)
-        and TreeFlashAttentionBackend.supports_dtype(model.dtype)
-        and TreeFlashAttentionBackend.supports_head_size(model.get_head_size())
+        and FlashAttentionBackend.supports_compute_capability(capability)
         and not is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+        and all(_flash_attention_takes(model, vllm_config.model_config.max_model_len) for model in models if model is not None)
+    )
+    return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
+
+
+def _flash_attention_takes(model: ModelConfig, max_model_len: int) -> bool:
+    head_size, window = model.get_head_size(), model.get_sliding_window()
+    return (
+        FlashAttentionBackend.supports_dtype(model.dtype)
+        and FlashAttentionBackend.supports_head_size(head_size)
+        and not uses_fa4_hd256_kernel(head_size)
+        and (window is None or window >= max_model_len)
     )
 
 
 @dataclass
-class _Divided:
+class Divided:
     """How the rows of a pass that verifies trees divide; in addition to vLLM's metadata."""
 
     query_start_loc_cpu: torch.Tensor | None = None  # [num_reqs + 1] int32, on the host
     trees: TreeRows | None = None  # None: no tree in this pass
     tree_rows: torch.Tensor | None = None  # [num_tree_rows] int64; None: all rows belong to trees, in order
+    num_tree_rows: int = 0
     tree_starts: torch.Tensor | None = None  # [num_trees + 1] int32, where each tree begins among the tree rows
     longest_context: int = 0  # at least that of any tree
     plain: Any = None  # vLLM's metadata of the requests without a tree, as a batch of their own; None: there are none
@@ -81,16 +97,11 @@ class _Divided:
 
 
 @dataclass
-class TreeFlashAttentionMetadata(_Divided, FlashAttentionMetadata):
-    """Of FlashAttention."""
-
-
-@dataclass
-class TreeTritonAttentionMetadata(_Divided, TritonAttentionMetadata):
+class TreeTritonAttentionMetadata(Divided, TritonAttentionMetadata):
     """Of Triton."""
 
 
-class _TreeBuilder:
+class TreeBuilder:
     """Mixin of vLLM's builders: `attach` adds the trees of a pass to its metadata."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # shapes of trees differ from pass to pass
@@ -116,10 +127,11 @@ class _TreeBuilder:
             visible=sent(batch.ancestors),
         )
         metadata.longest_context = int(batch.context_lens.max())
+        metadata.num_tree_rows = int(batch.num_nodes.sum())
         starts = torch.nn.functional.pad(torch.from_numpy(batch.num_nodes).cumsum(0), (1, 0))
         metadata.tree_starts = sent(starts.to(torch.int32))
         query_lens = metadata.query_start_loc_cpu.diff()
-        if batch.num_nodes.sum() == query_lens.sum():
+        if metadata.num_tree_rows == query_lens.sum():
             return
         metadata.tree_rows = sent(batch.rows)
         is_plain = torch.ones(len(query_lens), dtype=torch.bool)
@@ -160,6 +172,10 @@ class TreeImpl:
         super().__init__(*args, **kwargs)
         self.supports_quant_query_input = False  # tree rows want the query as it is
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Tree rows are written in the model's type: vLLM may not leave it to attention to quantize them."""
+        return False
+
     def forward(
         self,
         layer: AttentionLayer,
@@ -181,8 +197,7 @@ class TreeImpl:
         if trees is None:
             plain = super().forward  # type: ignore[misc]
             return plain(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("draft trees: attention cannot quantize its output; switch that fusion off")
+        assert output_scale is None and output_block_scale is None, "`fused_output_quant_supported` says so"  # noqa: PT018
         self._verify(layer, query, *self._as_cached(layer, key, value), kv_cache, attn_metadata, output)
         if attn_metadata.plain is not None:
             rows = attn_metadata.plain_rows
@@ -266,7 +281,7 @@ class TreeImpl:
         return reasons
 
 
-class TreeTritonAttentionMetadataBuilder(_TreeBuilder, TritonAttentionMetadataBuilder):
+class TreeTritonAttentionMetadataBuilder(TreeBuilder, TritonAttentionMetadataBuilder):
     """Of the backend below."""
 
     metadata_cls = TreeTritonAttentionMetadata
@@ -288,90 +303,3 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
     def get_builder_cls() -> type[TreeTritonAttentionMetadataBuilder]:
         """The builder above."""
         return TreeTritonAttentionMetadataBuilder
-
-
-class TreeFlashAttentionMetadataBuilder(_TreeBuilder, FlashAttentionMetadataBuilder):
-    """Of the backend below."""
-
-    metadata_cls = TreeFlashAttentionMetadata
-
-
-class TreeFlashAttentionImpl(TreeImpl, FlashAttentionImpl):
-    """vLLM's FlashAttention; for tree rows its context part, merged with our kernel's part over the tree's own keys."""
-
-    def not_supported_reasons(self, max_model_len: int) -> list[str]:
-        """Why this layer cannot run tree rows; empty if it can."""
-        reasons = super().not_supported_reasons(max_model_len)
-        if 0 < self._window < max_model_len:
-            # FlashAttention counts a window from the last row, as if rows were consecutive tokens.
-            reasons.append(f"a sliding window of {self._window} tokens; set attention_backend to TRITON_ATTN")
-        if is_quantized_kv_cache(self.kv_cache_dtype):  # it wants the query quantized, too; tree rows want it as it is
-            reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} with FlashAttention; set attention_backend to TRITON_ATTN")
-        if self.fa4_hd256:
-            reasons.append("FlashAttention 4 with heads of 256 wants other pages; set attention_backend to TRITON_ATTN")
-        return reasons
-
-    def _verify(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: TreeFlashAttentionMetadata,
-        output: torch.Tensor,
-    ) -> None:
-        """FlashAttention over the context, without a mask, since all rows of a tree see all of it."""
-        from vllm.v1.attention.backends.flash_attn import flash_attn_varlen_func
-        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
-        from vllm_eagle.ops.tree_attention import own_attention
-
-        trees, chosen = metadata.trees, metadata.tree_rows
-        assert trees is not None
-        assert metadata.tree_starts is not None
-        soft_cap = float(self.logits_soft_cap or 0.0)
-        own, own_log_sums = own_attention(query, key, value, kv_cache, trees, self.scale, soft_cap)
-        num_rows = metadata.num_actual_tokens
-        pick = (lambda x: x[:num_rows]) if chosen is None else (lambda x: x[chosen])
-        parts = self._typed(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
-        keys, values = (canonicalize_singleton_dim_strides(x) for x in parts)
-        descale = (len(trees.context_lens), key.shape[1])
-        context, context_log_sums = flash_attn_varlen_func(
-            q=pick(query),
-            k=keys,
-            v=values,
-            cu_seqlens_q=metadata.tree_starts,
-            max_seqlen_q=trees.visible.shape[1],
-            seqused_k=trees.context_lens.to(torch.int32),
-            max_seqlen_k=max(1, metadata.longest_context),
-            softmax_scale=self.scale,
-            causal=False,
-            softcap=soft_cap,
-            block_table=trees.block_table,
-            return_softmax_lse=True,
-            fa_version=self.vllm_flash_attn_version,
-            k_descale=layer._k_scale.expand(descale),
-            v_descale=layer._v_scale.expand(descale),
-        )
-        suffix, suffix_log_sums = pick(own).to(query.dtype), pick(own_log_sums.t()).t().contiguous()
-        if chosen is None:
-            merge_attn_states(output[:num_rows], context, context_log_sums, suffix, suffix_log_sums)
-        else:
-            merged = torch.empty_like(context)
-            merge_attn_states(merged, context, context_log_sums, suffix, suffix_log_sums)
-            output[chosen] = merged
-
-
-class TreeFlashAttentionBackend(FlashAttentionBackend):
-    """Registered in place of FLASH_ATTN, whose name it keeps."""
-
-    @staticmethod
-    def get_impl_cls() -> type[TreeFlashAttentionImpl]:
-        """The implementation above."""
-        return TreeFlashAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[TreeFlashAttentionMetadataBuilder]:
-        """The builder above."""
-        return TreeFlashAttentionMetadataBuilder

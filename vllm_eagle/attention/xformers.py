@@ -12,7 +12,8 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_eagle.attention.cuda import TreeFlashAttentionBackend, TreeImpl
+from vllm_eagle.attention.cuda import TreeImpl
+from vllm_eagle.attention.flash import TreeFlashAttentionBackend
 from vllm_eagle.attention.rows import TreeRows
 
 
@@ -32,8 +33,10 @@ class TreeXFormersImpl(TreeImpl, FlashAttentionImpl):
             reasons.append("xformers does not soft-cap scores")
         if 0 < self._window < max_model_len:
             reasons.append(f"a sliding window of {self._window} tokens, which xformers would count by row")
+        if self.fa4_hd256:
+            reasons.append("FlashAttention 4 with heads of 256 wants other pages for the rows of no tree")
         if self.kv_cache_dtype != "auto":
-            reasons.append(f"kv_cache_dtype={self.kv_cache_dtype}: xformers wants scales per token")
+            reasons.append(f"kv_cache_dtype={self.kv_cache_dtype}: xformers reads the model's type, or wants scales per token")
         return [f"{reason}; choose attention_backend TRITON_ATTN" for reason in reasons]
 
     def attend(

@@ -40,6 +40,7 @@ class Settings:
     dtype: str
     only: list[str] | None
     medusa: str | None = None
+    attention_backend: str | None = None  # on GPUs; None: vLLM's choice, or that of the trees
 
 
 def variants(head: str, temperature: float, medusa: str | None = None) -> dict[str, dict[str, Any]]:
@@ -99,6 +100,11 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
         "max_num_batched_tokens": sum(sorted(map(len, prompts))[-MAX_NUM_SEQS:]) + MAX_NUM_SEQS * (max(SIZES) + 1),
     }
+    backend = {} if settings.attention_backend is None else {"attention_backend": settings.attention_backend}
+    if settings.attention_backend == "CUSTOM":  # which is ours: without trees vLLM does not know it
+        chosen = {name: options if name.startswith("vllm_") else options | backend for name, options in chosen.items()}
+    else:
+        common |= backend
     params = [
         SamplingParams(temperature=settings.temperature, seed=settings.seed + i, max_tokens=settings.max_tokens)
         for i in range(len(prompts))
@@ -140,6 +146,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
             "seed": settings.seed,
             "max_tokens": settings.max_tokens,
             "dtype": settings.dtype,
+            "attention_backend": settings.attention_backend,
         },
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

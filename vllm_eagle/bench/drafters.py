@@ -38,12 +38,12 @@ def vllm_medusa(heads: str) -> dict[str, Any]:
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """Engine arguments as options of `vllm serve`; true is a flag, None and false are left out."""
+    """Engine arguments as options of `vllm serve`; true is a flag, false its --no- twin, None is left out."""
     found = []
     for name, value in arguments.items():
-        option = "--" + name.replace("_", "-")
-        if value is True:
-            found.append(option)
-        elif value is not None and value is not False:
-            found += [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            found += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return found

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_eagle.bench.offline import Generated
+from vllm_eagle.noise import gumbel, peek_seeds
+from vllm_eagle.noise_rows import NoiseRows
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -22,10 +26,7 @@ def gaps(
     `llm` is an engine without speculation and with max_logprobs=-1; `options` go to its `generate`. Zero within the rounding of the
     dtype says that rounding decided.
     """
-    import torch
     from vllm import SamplingParams
-
-    from vllm_eagle.noise import gumbel, peek_seeds
 
     vocab = llm.llm_engine.model_config.get_vocab_size()
     probe = SamplingParams(temperature=0, max_tokens=1, logprobs=-1)
@@ -39,8 +40,15 @@ def gaps(
         gap = logprobs[one[position]].logprob - logprobs[other[position]].logprob
         temperature = params[i].temperature
         if temperature > 0:
-            seeds = peek_seeds(torch.Generator().manual_seed(params[i].seed), position + 1)
-            noise = gumbel(seeds[-1], vocab)
+            noise = noise_at(params[i].seed, position, vocab, "cuda" if torch.cuda.is_available() else "cpu")
             gap = gap / temperature + float(noise[one[position]] - noise[other[position]])
         each.append(round(gap, 5))
     return each
+
+
+def noise_at(seed: int, position: int, vocab_size: int, device: str) -> torch.Tensor:  # [vocab_size] float32
+    """What vLLM's sampler on that device adds to `logits / T` at this token of an answer, from 0, of a request with this seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if device == "cpu":
+        return gumbel(peek_seeds(generator, position + 1)[-1], vocab_size)
+    return NoiseRows([generator], vocab_size).at(position + 1)[0]

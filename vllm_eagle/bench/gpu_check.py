@@ -1,13 +1,16 @@
 """`vllm-eagle gpu-check`: every Triton kernel against its reference on fresh random inputs, then how fast it is on this GPU.
 
-Needs torch and triton; what is timed: gpu_timings.py. Where vLLM is installed, engines are checked and timed, too: gpu_vllm.py.
-Without a GPU, `--interpret` runs the comparisons through Triton's interpreter on the CPU: slowly, and nothing is timed.
+Not run on a GPU yet: it is what to run first there. Needs torch and triton; what is timed: gpu_timings.py. Where vLLM is installed,
+engines are checked and timed, too: gpu_vllm.py. Without a GPU, `--interpret` compares through Triton's interpreter on the CPU:
+slowly, and nothing is timed.
 """
 
 import argparse
 import json
 import os
+import random
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-eagle gpu-check`."""
     parser.add_argument("--seeds", type=int, default=3, help="sets of random inputs per comparison (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the first set of inputs, to see a failure again (default: drawn anew)")
     parser.add_argument("--interpret", action="store_true", help="through Triton's interpreter on the CPU; nothing is timed")
     parser.add_argument("--no-timings", action="store_true", help="compare only")
     parser.add_argument("--no-vllm", action="store_true", help="no engines, even if vLLM is installed")
@@ -41,41 +45,59 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise ValueError("triton is not installed; on a GPU machine it comes with torch, elsewhere: pip install triton") from None
     device = torch.device("cpu" if args.interpret else "cuda")
-    comparisons = compare(device, args.seeds)
-    failed = [name for name, error in comparisons.items() if error > 1]
+    seed = random.randrange(1 << 31) if args.seed is None else args.seed
+    print(f"--seed {seed}", file=sys.stderr, flush=True)
     result: dict[str, Any] = {
         "device": "interpreter" if args.interpret else torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
-        "comparisons": comparisons,
-        "failed": failed,
+        "seed": seed,
+        "comparisons": {},
+        "failed": [],
     }
-    if not args.interpret and not args.no_timings:
+    for _ in _measure(args, device, result):  # what is known so far is not lost if the next thing fails
+        if args.json is not None:
+            args.json.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+    return int(bool(result["failed"]))
+
+
+def _measure(args: argparse.Namespace, device: "torch.device", result: dict[str, Any]) -> Iterator[None]:
+    """Fill `result`; yields after each part."""
+    import torch
+
+    for name, error in compare(device, result["seed"], args.seeds):
+        result["comparisons"][name] = error
+        if error > 1:
+            result["failed"].append(name)
+        yield
+    if args.interpret:
+        return
+    if not args.no_timings:
         from vllm_eagle.bench.gpu_timings import timings
 
-        result["timings"] = timings(device)
-    if not args.interpret and not args.no_vllm and find_spec("vllm") is not None:
+        for result["timings"] in timings(device):
+            yield
+    if not args.no_vllm and find_spec("vllm") is not None:
         from vllm_eagle.bench import gpu_vllm
 
         torch.cuda.empty_cache()  # the engines want it
-        result["vllm"] = gpu_vllm.check()
-        failed += gpu_vllm.failed(result["vllm"])
-    if args.json is not None:
-        args.json.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
-    return int(bool(failed))
+        result["vllm"] = {}
+        for name, found in gpu_vllm.check():
+            result["vllm"][name] = found
+            yield
+        result["failed"] += gpu_vllm.failed(result["vllm"])
+        yield
 
 
-def compare(device: "torch.device", seeds: int) -> dict[str, float]:
-    """Greatest error of each comparison, as a multiple of its tolerance."""
+def compare(device: "torch.device", first_seed: int, seeds: int) -> Iterator[tuple[str, float]]:
+    """Name and greatest error of each comparison, as a multiple of its tolerance."""
     from vllm_eagle.ops.cases import all_cases
 
-    found = {}
     for case in all_cases():
         try:
-            error = max(case.error(device, seed) for seed in range(seeds))
+            error = max(case.error(device, first_seed + i) for i in range(seeds))
         except Exception as problem:  # of a compiler or a driver: the other kernels want to be checked, too
             print(f"{case.name}: {problem!r}", file=sys.stderr)
             error = float("inf")
-        found[case.name] = round(error, 3)
         print(f"{'ok  ' if error <= 1 else 'FAIL'} {error:6.3f}  {case.name}", file=sys.stderr, flush=True)
-    return found
+        yield case.name, round(error, 3)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle.train.rows import read_rows
+from vllm_eagle.train.prompts import read_prompts
 from vllm_eagle.train.target import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Generated:
     first_token_s: list[float] = field(default_factory=list)  # per answer, from asking
     next_token_s: list[float] = field(default_factory=list)  # per answer, mean over its tokens after the first
     num_tokens: int | None = None  # where token ids are not known
-    gaps_s: list[float] = field(default_factory=list)  # between pieces of streamed answers
+    gaps_s: list[float] = field(default_factory=list)  # between outputs of an answer, of all answers; each may hold several tokens
 
     @property
     def tokens(self) -> int:
@@ -53,7 +53,7 @@ def prepare_environment() -> None:
 
 
 def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> list[list[int]]:
-    """Token ids of the prompts of a JSONL file; chats through the model's template.
+    """Token ids of the prompts of a file (see train/prompts.py); chats through the model's template.
 
     Raises:
         ValueError: the file is missing, broken or empty.
@@ -62,12 +62,12 @@ def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> l
         raise ValueError(f"--limit must be at least 1, got {limit}")
     tokenizer = load_tokenizer(model)
     prompts = []
-    for row in read_rows(path or BUILT_IN_PROMPTS):
-        if "messages" in row:
-            text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for prompt in read_prompts(path or BUILT_IN_PROMPTS):
+        if isinstance(prompt, str):
+            prompts.append(tokenizer(prompt)["input_ids"])
         else:
-            prompts.append(tokenizer(row.get("prompt", row.get("text")))["input_ids"])
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts[:limit]

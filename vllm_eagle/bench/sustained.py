@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.bench.offline import Generated, generated
@@ -33,25 +33,29 @@ Answer = Callable[[Sequence[Ask], int], Generated]  # of an engine or a server: 
 
 def offline(llm: "LLM", asks: Sequence[Ask], at_once: int) -> Generated:
     """Answer all, `at_once` at a time. tau needs an engine with METRICS."""
+    from vllm_eagle.bench.output_gaps import output_gaps
+
     waiting = deque(enumerate(asks))
     answers: dict[int, RequestOutput] = {}
     in_flight = 0
-    start = time.perf_counter()
-    while waiting or in_flight:
-        while waiting and in_flight < at_once:
-            number, ask = waiting.popleft()
-            llm.llm_engine.add_request(str(number), {"prompt_token_ids": ask.prompt_token_ids}, _params(ask))
-            in_flight += 1
-        for output in llm.llm_engine.step():
-            if output.finished:
-                answers[int(output.request_id)] = output
-                in_flight -= 1
-    seconds = time.perf_counter() - start
+    with output_gaps(llm) as gaps_s:
+        start = time.perf_counter()
+        while waiting or in_flight:
+            while waiting and in_flight < at_once:
+                number, ask = waiting.popleft()
+                llm.llm_engine.add_request(str(number), {"prompt_token_ids": ask.prompt_token_ids}, _params(ask))
+                in_flight += 1
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    answers[int(output.request_id)] = output
+                    in_flight -= 1
+        seconds = time.perf_counter() - start
     outputs = [answers[number] for number in range(len(asks))]
     verified = [drafts for output in outputs if (drafts := output.outputs[0].spec_decode_metrics) is not None]
     num_trees = sum(sum(x.histogram) for x in verified)
     accepted = sum(length * count for x in verified for length, count in enumerate(x.histogram))
-    return generated(outputs, seconds, tau=1 + accepted / num_trees if num_trees else 1.0)
+    found = generated(outputs, seconds, tau=1 + accepted / num_trees if num_trees else 1.0)
+    return replace(found, gaps_s=gaps_s)
 
 
 def _params(ask: Ask) -> "SamplingParams":

@@ -12,19 +12,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle.bench import sustained, throughput_report
-from vllm_eagle.bench.apart import engine_apart
-from vllm_eagle.bench.drafters import flags, ours, vllm_chain, vllm_medusa, vllm_ngram
+from vllm_eagle.bench import throughput_report
+from vllm_eagle.bench.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
 from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment
 from vllm_eagle.bench.replay import write_pair
 from vllm_eagle.bench.sustained import Answer, Ask
+from vllm_eagle.bench.throughput_sides import device_bytes, engine_side, server_side
 
 PLAIN = "plain"
 _FEWEST = 8  # answers in a round
@@ -76,7 +77,10 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def run(settings: Settings, out: Path | None) -> int:
-    """Measure, print a table and, last, one JSON line; with `out` also write bench.json, bench.md and bench.png there."""
+    """Measure, print a table and, last, one JSON line; with `out` also write bench.json, bench.md and bench.png there.
+
+    Returns 1 if answers of our variants differ from plain vLLM's where they must not: greedy ones in float32.
+    """
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is no folder; name another one")
     if min(settings.concurrency, default=0) < 1 or settings.rounds < 1 or settings.max_tokens < 2:
@@ -94,9 +98,9 @@ def run(settings: Settings, out: Path | None) -> int:
             settings = replace(settings, model=str(target), head=str(head))
         save = None if out is None else partial(throughput_report.write, folder=out)
         result = measure(settings, encode_prompts(settings.model, settings.prompts), variants(settings), save)
-    print(throughput_report.table(result))
+    print("\n".join([throughput_report.table(result), *throughput_report.differences(result)]))
     print(json.dumps(result))
-    return 0
+    return int(throughput_report.is_wrong(result))
 
 
 def measure(
@@ -116,6 +120,8 @@ def measure(
         "max_model_len": longest,
         "enforce_eager": settings.enforce_eager,
         "max_num_seqs": most,
+        # The same prompts come again, in other rounds and at other loads; whoever has seen them must not gain by it.
+        "enable_prefix_caching": False,
         # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
         "max_num_batched_tokens": max(longest, most * max(map(len, prompts))) + 128 * most,
     }
@@ -126,29 +132,41 @@ def measure(
     common |= {"gpu_memory_utilization": 0.9 / len(chosen)} if on_gpu else {"kv_cache_memory_bytes": 1 << 30}
     with ExitStack() as stack:
         variants: dict[str, Answer] = {}
-        memory: dict[str, Callable[[], int]] = {}
+        host_bytes: dict[str, Callable[[], int]] = {}
+        device_mib: dict[str, int] = {}
         for name, options in chosen.items():
             print(f"starting {name} ...", file=sys.stderr, flush=True)
-            start = _server if settings.http else _engine
-            variants[name], memory[name] = stack.enter_context(start(settings.model, common | options))
+            start, before = server_side if settings.http else engine_side, device_bytes()
+            variants[name], host_bytes[name] = stack.enter_context(start(settings.model, common | options))
             variants[name](_asks(settings, prompts, 2, 0), 2)
+            device_mib[name] = (device_bytes() - before) >> 20
         shown = {
             "model": Path(settings.model).name,
             "head": Path(settings.head).name,
-            "prompts": str(settings.prompts or "built in"),
+            "prompts": str(settings.prompts or throughput_report.BUILT_IN),
+            "prefix_caching": common["enable_prefix_caching"],
         }
         result: dict[str, Any] = {
             "concurrency": {},
             "settings": asdict(settings) | shown,
             "cores": os.cpu_count(),
             "machine": torch.cuda.get_device_name() if on_gpu else _cpu(),
-            "versions": {"vllm": vllm.__version__, "python": platform.python_version()},
+            "versions": {
+                "vllm-eagle": version("vllm-eagle"),
+                "vllm": vllm.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "device_mib": device_mib if on_gpu else None,
         }
         for number in settings.concurrency:
-            rounds = [_round(variants, settings, prompts, number, turn) for turn in range(settings.rounds)]
+            rounds = []
+            for turn in range(settings.rounds):
+                rounds.append(_round(variants, settings, prompts, number, turn))
+                _progress(f"{number} at once, round {turn + 1} of {settings.rounds}", rounds[-1:])
+            _progress(f"{number} at once, medians", rounds)
             result["concurrency"][str(number)] = {name: _summary(rounds, name) for name in variants}
-            result["memory_mib"] = {name: look() >> 20 for name, look in memory.items()}
-            _progress(number, result["concurrency"][str(number)])
+            result["host_mib"] = {name: look() >> 20 for name, look in host_bytes.items()}
             if save is not None:
                 save(result)
     return result
@@ -163,44 +181,25 @@ def _cpu() -> str:
     return " ".join([*(known.get("model name") or [platform.machine()]), *fast])
 
 
-@contextmanager
-def _engine(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Callable[[], int]]]:
-    """An offline engine: how to ask it, and bytes of its process."""
-    import psutil  # type: ignore[import-untyped]
-
-    metrics = {} if arguments.keys().isdisjoint(("speculative_config", "spec_model")) else sustained.METRICS
-    with engine_apart(model, arguments | metrics) as (answer, number):
-        yield answer, lambda: psutil.Process(number).memory_info().rss
-
-
-@contextmanager
-def _server(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer, Callable[[], int]]]:
-    """A server: how to ask it, and bytes of its processes."""
-    import psutil
-
-    from vllm_eagle.bench.soak_server import serve
-
-    options = flags(arguments | {"served_model_name": "target", "disable_uvicorn_access_log": True})
-    with tempfile.TemporaryDirectory() as folder, serve(model, options, Path(folder, "log")) as (url, pid):
-        server = psutil.Process(pid)
-        processes = [server, *server.children(recursive=True)]
-        yield partial(sustained.over_http, url, "target"), lambda: sum(process.memory_info().rss for process in processes)
-
-
 def _round(
     variants: dict[str, Answer], settings: Settings, prompts: list[list[int]], number: int, turn: int
 ) -> dict[str, Generated]:
-    names = list(variants)
-    shift = turn % len(names)
     found = {}
-    for name in names[shift:] + names[:shift]:
+    for name in order(list(variants), turn):
         time.sleep(_SETTLE_S)
         found[name] = variants[name](_asks(settings, prompts, number, turn), number)
-    return found
+    return {name: found[name] for name in variants}
+
+
+def order(names: list[str], turn: int) -> list[str]:
+    """Who answers when: there and back, then the same from the next one on, so that nobody always follows the same one."""
+    shift = turn // 2 % len(names)
+    shifted = names[shift:] + names[:shift]
+    return shifted[::-1] if turn % 2 else shifted
 
 
 def _asks(settings: Settings, prompts: list[list[int]], number: int, turn: int) -> list[Ask]:
-    """What so many users ask in a round; every round asks others, so that no prefix cache helps."""
+    """What so many users ask in a round; every round asks others, as long as there are others."""
     # A few users ask four times, many about twice: the end of a round, when the first have no more to ask, should weigh little.
     count = max(_FEWEST, min(4 * number, 2 * number + 16))
     numbers = range(turn * count, (turn + 1) * count)
@@ -213,6 +212,7 @@ def _summary(rounds: Sequence[dict[str, Generated]], name: str) -> dict[str, Any
     rates = [found.tokens / found.seconds for found in mine]
     ratios = [rate / (base.tokens / base.seconds) for rate, base in zip(rates, plain, strict=True)]
     pairs = [pair for found, base in zip(mine, plain, strict=True) for pair in zip(found.answers, base.answers, strict=True)]
+    following = _milliseconds([x for found in mine for x in found.next_token_s])
     gaps = [gap for found in mine for gap in found.gaps_s]
     return {
         "tokens_per_s": round(statistics.median(rates), 2),
@@ -220,8 +220,10 @@ def _summary(rounds: Sequence[dict[str, Generated]], name: str) -> dict[str, Any
         "ratios": [round(ratio, 3) for ratio in ratios],
         "tau": round(statistics.median(found.tau for found in mine), 3),
         "first_token_ms": _milliseconds([x for found in mine for x in found.first_token_s]),
-        "next_token_ms": _milliseconds([x for found in mine for x in found.next_token_s]),
+        # Of each answer the mean over its tokens; how long a reader waits for more of it is in gap_ms.
+        "next_token_ms": following,
         "gap_ms": _milliseconds(gaps) if gaps else None,
+        "answer_tokens_per_s": round(1000 / max(following["p50"], 1e-3), 2),
         "identical": sum(one == other for one, other in pairs),
         "answers": len(pairs),
     }
@@ -234,6 +236,8 @@ def _milliseconds(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}": round(1000 * float(np.percentile(seconds, q)), 2) for q in (50, 99)}
 
 
-def _progress(number: int, found: dict[str, dict[str, Any]]) -> None:
-    each = "  ".join(f"{name} {x['tokens_per_s']:.1f} ({x['ratio']:.2f}x)" for name, x in found.items())
-    print(f"{number} at once: {each}", file=sys.stderr, flush=True)
+def _progress(what: str, rounds: Sequence[dict[str, Generated]]) -> None:
+    """A line on stderr: medians over some rounds."""
+    found = {name: _summary(rounds, name) for name in rounds[0]}
+    each = "  ".join(f"{name} {x['tokens_per_s']:.1f} tokens/s ({x['ratio']:.2f}x)" for name, x in found.items())
+    print(f"{what}: {each}", file=sys.stderr, flush=True)

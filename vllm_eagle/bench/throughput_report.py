@@ -1,8 +1,11 @@
 """The results of `vllm-eagle bench` as Markdown and as a plot."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+BUILT_IN = "built in"  # prompts
 
 
 def table(result: dict[str, Any]) -> str:
@@ -19,31 +22,85 @@ def table(result: dict[str, Any]) -> str:
 def details(result: dict[str, Any]) -> str:
     """Latencies, speed of one answer, spread and identical answers."""
     lines = [
-        "| requests | variant | first token, ms (p50, p99) | next token, ms (p50, p99) | between pieces, ms (p50, p99) "
-        "| tokens/s of an answer | ratios of the rounds | identical |",
+        "| requests | variant | first token, ms (p50, p99) | per token of an answer, ms (p50, p99 of the answers' means) "
+        "| between outputs, ms (p50, p99) | tokens/s of an answer | ratios of the rounds | identical |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for number, column in result["concurrency"].items():
         for name, found in column.items():
-            following = found["next_token_ms"]
-            each = (found["first_token_ms"], following, found["gap_ms"])
+            each = (found["first_token_ms"], found["next_token_ms"], found["gap_ms"])
             times = " | ".join("-" if x is None else f"{x['p50']:.1f}, {x['p99']:.1f}" for x in each)
             lines.append(
-                f"| {number} | {name} | {times} | {1000 / max(following['p50'], 1e-3):.1f} | "
+                f"| {number} | {name} | {times} | {found['answer_tokens_per_s']:.1f} | "
                 f"{', '.join(f'{x:.2f}' for x in found['ratios'])} | {found['identical']} of {found['answers']} |"
             )
     return "\n".join(lines)
+
+
+def differences(result: dict[str, Any]) -> list[str]:
+    """One line per variant some of whose answers are not plain vLLM's."""
+    lines = []
+    for name, found in _by_variant(result):
+        differing, answers = (sum(number) for number in zip(*found, strict=True))
+        if differing:
+            judged = "FAIL: greedy answers in float32 must not" if _must_be_identical(name, result) else "no failure here"
+            lines.append(f"{name}: {differing} of {answers} answers differ from plain vLLM's ({judged})")
+    return lines
+
+
+def is_wrong(result: dict[str, Any]) -> bool:
+    """Whether answers differ that must not."""
+    found = _by_variant(result)
+    return any(_must_be_identical(name, result) and any(differing for differing, _ in each) for name, each in found)
+
+
+def _by_variant(result: dict[str, Any]) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Differing answers and all answers, by number of requests at once."""
+    columns = list(result["concurrency"].values())
+    for name in columns[0]:
+        yield name, [(column[name]["answers"] - column[name]["identical"], column[name]["answers"]) for column in columns]
+
+
+def _must_be_identical(name: str, result: dict[str, Any]) -> bool:
+    """Ours, greedy and in float32: coarser types round by the shape of a batch; vLLM's own sides are not ours to judge."""
+    settings = result["settings"]
+    return not name.startswith("vllm_") and settings["dtype"] == "float32" and settings["temperature"] == 0
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """Machine, versions and the command: what a number means nothing without."""
+    settings = result["settings"]
+    unsaid = {"prefix_caching"} | ({"prompts"} if settings["prompts"] == BUILT_IN else set())
+    unsaid |= {"model", "head"} if settings["replay"] else set()
+    options = [_option(name, value) for name, value in settings.items() if name not in unsaid]
+    memory = [("Host memory", result["host_mib"]), ("GPU memory, KV cache included", result["device_mib"])]
+    return "\n".join(
+        [
+            f"- Machine: {result['machine']}, {result['cores']} cores",
+            f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
+            f"- dtype: {settings['dtype']}",
+            f"- Options of `vllm-eagle bench`: `{' '.join(filter(None, options))}`",
+            f"- Prefix caching: {'on' if settings['prefix_caching'] else 'off, for all alike'}",
+            *(f"- {what}, MiB: {', '.join(f'{n} {mib}' for n, mib in found.items())}" for what, found in memory if found),
+        ]
+    )
+
+
+def _option(name: str, value: Any) -> str:
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return option
+    return f"{option} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """bench.json, bench.md and bench.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(result) + "\n")
-    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)
-    memory = ", ".join(f"{name} {mebibytes}" for name, mebibytes in result["memory_mib"].items())
-    (folder / "bench.md").write_text(
-        f"{settings}; {result['cores']} cores; MiB: {memory}\n\n{table(result)}\n\n{details(result)}\n"
-    )
+    found = [conditions(result), table(result), details(result), *differences(result)]
+    (folder / "bench.md").write_text("\n\n".join(found) + "\n")
     _draw(result, folder / "bench.png")
 
 

@@ -5,13 +5,13 @@ the trees. What a step sends to the GPU goes from pinned memory without waiting,
 depth d the host waits for the GPU
 
 - once for the sampled tokens if all requests are plainly greedy, else once per depth of the longest walk, since only then is the
-  next node known (scorer.py); three times more for logprobs, once more in vLLM's bookkeeping if no walk is longer than a token;
+  next node known (scorer.py); three times more for logprobs;
 - once to read the finished trees, which the scheduler needs: levels are drafted in widths and to a depth that are known before them
   (draft.py), so nothing is asked in between;
 - twice per level if a grammar constrains a request that drafts.
 
-So twice where all is greedy, once more if no draft was accepted, and up to d times more where requests sample; tests/test_draft.py
-holds that growth reads nothing, the rest was read, not run. Besides, every sampled request costs a launch per level for its coming
+So twice where all is greedy, and up to d times more where requests sample; tests/test_draft.py holds that growth reads nothing, the
+rest was read, not run. Besides, every sampled request costs a launch per level for its coming
 noise (noise_rows.py), as it costs vLLM one per sampled token.
 
 What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
@@ -33,11 +33,14 @@ Algorithm, kernels, heads and configuration would stay; runner, proposer, scorer
 is not small, and it could not be tried: it is left until the V1 runner has run on a GPU.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
+from vllm.utils.math_utils import cdiv, round_up
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.sampler import Sampler
@@ -77,32 +80,58 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
         self._caches = {gid: Caches.of([layer.kv_cache for layer in layers]) for gid, layers in self._target_layers()}
 
     def warm_up_kernels(self) -> None:
-        """Launch the kernels in the variants that steps will want, so that no request waits for their compilation."""
+        """Launch our kernels in the variants that steps will want, so that no request waits for their compilation.
+
+        xformers picks variants of its own by the sizes of a batch; not all of them are met here.
+        """
         from vllm_eagle.ops.move_slots import move_accepted
 
-        logits = torch.zeros(1, self.model_config.get_vocab_size(), dtype=self.dtype, device=self.device)
-        for noise in (None, logits.float()):
-            draft.grow(
-                [draft.Request(0, self.tree_config.num_draft_tokens)],
-                logits,
-                lambda level: logits.expand(1, level.token_ids.shape[1], -1),
-                self.tree_config,
-                None if noise is None else lambda depth, noise=noise: noise,
-                draft.Limits(fixed_width=True),
-            )
+        for logits in self._logits_as_the_head_gives_them():
+            for noise in (None, logits.float()):
+                draft.grow(
+                    [draft.Request(0, self.tree_config.num_draft_tokens)],
+                    logits[:, 0],
+                    lambda level, logits=logits: logits[:, : level.token_ids.shape[1]],  # type: ignore[misc]
+                    self.tree_config,
+                    None if noise is None else lambda depth, noise=noise: noise[:, 0],  # type: ignore[misc]
+                    draft.Limits(fixed_width=True),
+                )
         one = torch.ones(1, dtype=torch.int64, device=self.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)  # vLLM's null block
         for caches in self._caches.values():
             move_accepted(caches, table, one, table)
+        for layer in self._distinct_layers():
+            self._warm_up_attention(layer)
+
+    def _logits_as_the_head_gives_them(self) -> Iterator[torch.Tensor]:
+        """Zeros [1, most nodes of a level, vocab]: in one piece, as after filters, and cut out of padded rows, as by vLLM."""
+        vocab_size, width = self.model_config.get_vocab_size(), self.tree_config.level_width
+        for row in sorted({vocab_size, round_up(vocab_size, DEFAULT_VOCAB_PADDING_SIZE)}):
+            yield torch.zeros(1, width, row, dtype=self.dtype, device=self.device)[:, :, :vocab_size]
+
+    def _warm_up_attention(self, layer: Attention) -> None:
+        one = torch.ones(1, dtype=torch.int64, device=self.device)
+        num_blocks = cdiv(self.max_model_len, layer.kv_cache.shape[2])
+        table = torch.zeros(1, num_blocks, dtype=torch.int32, device=self.device)  # vLLM's null block
+        for num_rows in sorted({max(1, stacked * layer.num_kv_heads // layer.num_heads) for stacked in (16, 32, 64, 128)}):
+            visible = torch.ones(1, num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
+            rows = TreeRows(table, one, one - 1, one * num_rows, one - 1, one * num_rows, visible)
+            query = torch.zeros(num_rows, layer.num_heads, layer.head_size, dtype=self.dtype, device=self.device)
+            own = query[:, : layer.num_kv_heads]
+            for longest in (1, self.max_model_len):  # in one part, and in several
+                layer.impl.attend(layer, query, own, own, layer.kv_cache, rows, longest, torch.empty_like(query))
+
+    def _distinct_layers(self) -> Iterator[Attention]:
+        """One layer of each kind that kernels are compiled for."""
+        seen = set()
         for group in self.kv_cache_config.kv_cache_groups:
-            layer = self._layer(group.layer_names[0])
-            for num_rows in sorted({max(1, stacked * layer.num_kv_heads // layer.num_heads) for stacked in (16, 32, 64, 128)}):
-                visible = torch.ones(1, num_rows, num_rows, dtype=torch.bool, device=self.device).tril()
-                rows = TreeRows(table, one, one - 1, one * num_rows, one - 1, one * num_rows, visible)
-                query = torch.zeros(num_rows, layer.num_heads, layer.head_size, dtype=self.dtype, device=self.device)
-                own = query[:, : layer.num_kv_heads]
-                for longest in (1, self.max_model_len):  # in one part, and in several
-                    layer.impl.attend(layer, query, own, own, layer.kv_cache, rows, longest, torch.empty_like(query))
+            for layer in map(self._layer, group.layer_names):
+                impl, cache = layer.impl, layer.kv_cache
+                shape = (layer.num_heads, layer.num_kv_heads, layer.head_size, cache.dtype, cache.shape[2], cache.stride())
+                kind = (*shape, impl.sliding_window, bool(impl.logits_soft_cap))
+                if kind not in seen:
+                    seen.add(kind)
+                    yield layer
 
     def _layer(self, name: str) -> Attention:
         return self.compilation_config.static_forward_context[name]
@@ -117,6 +146,10 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
         for gid, caches in self._caches.items():
             block_table = self.input_batch.block_table[gid].get_device_tensor(self.input_batch.num_reqs)
             move_accepted(caches, block_table[sent[0]], *sent[1:])
+
+    def _to_list(self, sampled_token_ids: torch.Tensor) -> list[list[int]]:
+        """As vLLM's, which copies from the GPU and waits; the scorer's tokens are on the host already."""
+        return sampled_token_ids.tolist() if sampled_token_ids.is_cpu else super()._to_list(sampled_token_ids)
 
     @torch.inference_mode()
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:

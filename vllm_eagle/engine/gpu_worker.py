@@ -4,7 +4,6 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
-from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_eagle.engine.gpu_runner import EagleTreeGPUModelRunner
 from vllm_eagle.engine.worker import EagleTreeWorker
@@ -34,13 +33,15 @@ class EagleTreeGPUWorker(EagleTreeWorker, Worker):
             super().init_device()
         self.model_runner.init_trees(self.new_metrics())
 
-    def compile_or_warm_up_model(self) -> CompilationTimes:
-        """As vLLM's, then measure what passes cost: only now are there CUDA graphs, in which most of them will run."""
-        times = super().compile_or_warm_up_model()
+    def _maybe_activate_jit_monitor(self) -> None:
+        """As vLLM's, last of its warm-up; before it, what we compile, and what passes cost now that there are CUDA graphs.
+
+        From here on vLLM reports every compilation as one that a request waits for, or fails (`--jit-monitor-mode error`).
+        """
         self.model_runner.warm_up_kernels()
         self.model_runner.measure_costs()
         set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)  # as vLLM leaves it
-        return times
+        super()._maybe_activate_jit_monitor()
 
     def _make_model_runner(self) -> EagleTreeGPUModelRunner:
         """vLLM's factory method; `check` has made sure that its V1 runner is wanted."""

@@ -5,7 +5,7 @@ A vLLM bump is a checklist: `check_seams` names what changed and the file to edi
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -80,6 +80,10 @@ _SEAMS = (
         "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad num_rejected_tokens_gpu",
         "engine/proposer.py",
     ),
+    (EagleProposer, "build_model_inputs_first_pass", "num_tokens num_input_tokens mm_embed_inputs", "engine/proposer.py"),
+    (EagleProposer, "_determine_batch_execution_and_padding", "num_tokens use_cudagraphs", "engine/proposer.py"),
+    (EagleProposer, "build_per_group_and_layer_attn_metadata", "common_attn_metadata draft_index", "engine/proposer.py"),
+    (EagleProposer, "_get_slot_mapping", "num_tokens slot_mapping", "engine/proposer.py"),
     (EagleProposer, "load_model", "target_model", "engine/proposer.py"),
     (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/proposer.py"),
     (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
@@ -91,12 +95,25 @@ _SEAMS = (
     (Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/gpu_worker.py"),
     (Worker, "init_device", "", "engine/gpu_worker.py"),
     (Worker, "_make_model_runner", "", "engine/gpu_worker.py"),
-    (Worker, "compile_or_warm_up_model", "", "engine/gpu_worker.py"),
+    (Worker, "_maybe_activate_jit_monitor", "", "engine/gpu_worker.py"),
     (Worker, "shutdown", "", "engine/worker.py"),
     (GPUModelRunner, "__init__", "vllm_config device", "engine/gpu_worker.py"),
     (GPUModelRunner, "load_model", "load_dummy_weights model", "engine/runner.py"),
     (GPUModelRunner, "_dummy_sampler_run", "hidden_states", "engine/gpu_runner.py"),
+    (GPUModelRunner, "initialize_kv_cache", "kv_cache_config is_profiling kv_cache_allocation_context", "engine/gpu_runner.py"),
+    (
+        GPUModelRunner,
+        "_dummy_run",
+        "num_tokens cudagraph_runtime_mode force_attention uniform_decode allow_microbatching skip_eplb is_profile "
+        "create_mixed_batch remove_lora is_graph_capturing num_active_loras profile_seq_lens randomize_inputs",
+        "engine/planning.py",
+    ),
+    (GPUModelRunner, "_to_list", "sampled_token_ids", "engine/gpu_runner.py"),
 )
+
+
+_FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+_BUILD = "common_prefix_len common_attn_metadata fast_build"
 
 
 def _cpu_seams() -> Iterator[tuple[Any, str, str, str]]:
@@ -110,10 +127,31 @@ def _cpu_seams() -> Iterator[tuple[Any, str, str, str]]:
     yield CPUWorker, "init_device", "", "engine/cpu_worker.py"
     yield CPUWorker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/cpu_worker.py"
     yield CPUWorker, "compile_or_warm_up_model", "", "engine/cpu_worker.py"
-    forward = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
-    yield CPUAttentionBackendImpl, "forward", forward, "attention/cpu.py"
+    yield CPUAttentionBackendImpl, "forward", _FORWARD, "attention/cpu.py"
     yield CPUAttentionBackendImpl, "do_kv_cache_update", "layer key value kv_cache slot_mapping", "attention/cpu.py"
-    yield CPUAttentionMetadataBuilder, "build", "common_prefix_len common_attn_metadata fast_build", "attention/cpu.py"
+    yield CPUAttentionMetadataBuilder, "build", _BUILD, "attention/cpu.py"
+
+
+def _cuda_seams() -> Iterator[tuple[Any, str, str, str]]:
+    """Of CUDA alone: Triton is not installed beside vLLM's CPU wheel."""
+    from vllm.v1.attention.backends import fa_utils, flash_attn, registry, triton_attn
+    from vllm.v1.attention.ops import merge_attn_states
+
+    yield registry, "register_backend", "class_path is_mamba", "attention/cuda.py"
+    yield fa_utils, "uses_fa4_hd256_kernel", "head_size_v", "attention/cuda.py"
+    for impl, builder, file in (
+        (flash_attn.FlashAttentionImpl, flash_attn.FlashAttentionMetadataBuilder, "attention/flash.py"),
+        (triton_attn.TritonAttentionImpl, triton_attn.TritonAttentionMetadataBuilder, "attention/cuda.py"),
+    ):
+        yield impl, "forward", _FORWARD, file
+        yield impl, "fused_output_quant_supported", "quant_key", "attention/cuda.py"
+        yield builder, "build", _BUILD, "attention/cuda.py"
+    yield (
+        merge_attn_states,
+        "merge_attn_states",
+        "prefix_output prefix_lse suffix_output suffix_lse output_lse prefill_tokens_with_context output_scale",
+        "attention/flash.py",
+    )
 
 
 def _seams() -> Iterator[tuple[Any, str, str, str]]:
@@ -123,20 +161,24 @@ def _seams() -> Iterator[tuple[Any, str, str, str]]:
         yield GPUModelRunner, name, expected, file
     if current_platform.is_cpu():
         yield from _cpu_seams()
+    if current_platform.is_cuda():
+        yield from _cuda_seams()
 
 
 def changed_seams() -> list[str]:
     """One line per upstream symbol whose parameters are not the ones that our override was written for."""
-    lines = []
-    for owner, name, expected, file in _seams():
+    return list(_changed(_seams()))
+
+
+def _changed(seams: Iterable[tuple[Any, str, str, str]]) -> Iterator[str]:
+    for owner, name, expected, file in seams:
         method = getattr(owner, name, None)
         if method is None:
-            lines.append(f"{owner.__name__}.{name} is gone; edit {file}")
+            yield f"{owner.__name__}.{name} is gone; edit {file}"
             continue
         found = list(inspect.signature(inspect.unwrap(method)).parameters)[1:]
         if found != expected.split():
-            lines.append(f"{owner.__name__}.{name} now takes ({', '.join(found)}); edit {file}")
-    return lines
+            yield f"{owner.__name__}.{name} now takes ({', '.join(found)}); edit {file}"
 
 
 def version_problem(version: str = vllm.__version__) -> str | None:

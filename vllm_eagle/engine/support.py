@@ -131,18 +131,25 @@ _model_rule(
     "is multimodal, and the head sees text only",
 )  # fmt: skip
 _model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model_config.uses_mrope, "uses M-RoPE positions")
+
+
+def _on_cpu(config: VllmConfig) -> bool:
+    """Elsewhere every layer says what it cannot do (`not_supported_reasons`)."""
+    return config.device_config.device_type == "cpu"
+
+
 _model_rule(
-    "soft-capped attention", "the CPU tree kernel does not do it",
-    lambda c: bool(getattr(c.model_config.hf_text_config, "attn_logit_softcapping", None)),
+    "soft-capped attention on CPUs", "the CPU tree kernel does not do it",
+    lambda c: _on_cpu(c) and bool(getattr(c.model_config.hf_text_config, "attn_logit_softcapping", None)),
     "soft-caps attention scores, which the CPU tree kernel does not do",
 )  # fmt: skip
 
 
-@_refused("sliding windows shorter than max_model_len", "the CPU tree kernel does not know them")
+@_refused("sliding windows shorter than max_model_len, on CPUs", "the CPU tree kernel does not know them")
 def _window(config: VllmConfig) -> str | None:
     model = config.model_config
     window = model.get_sliding_window()
-    if window is None or window >= model.max_model_len:
+    if not _on_cpu(config) or window is None or window >= model.max_model_len:
         return None
     return (
         f"model: {model.model} has a sliding window of {window} tokens, which the CPU tree kernel does not know; "
@@ -276,7 +283,7 @@ _engine_rule(
 @_refused("quantized KV cache (fp8, int8, ...) on CPUs", "the CPU tree kernel reads no quantized cache")
 def _cache_dtype(config: VllmConfig) -> str | None:
     dtype = config.cache_config.cache_dtype
-    if dtype in ("auto", "bfloat16", "float16", "float32") or config.device_config.device_type == "cuda":  # there layers say
+    if not _on_cpu(config) or dtype in ("auto", "bfloat16", "float16", "float32"):
         return None
     return f"kv_cache_dtype {dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto"
 

@@ -103,20 +103,6 @@ def _tree_result(found: Replay) -> dict[str, Any]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the subcommand, without the two models."""
-    parser.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
-    parser.add_argument("--limit", type=int, help="use the first N prompts")
-    parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
-    parser.add_argument("--mode", choices=["dynamic", "static", "chain"], default="dynamic", help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="per answer (default %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=32, help="prompts at a time (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for eval.json and reliability.png")
-
-
 def run(args: argparse.Namespace, target: str, head: str) -> int:
     """Evaluate; a table, then one JSON line."""
     settings = EvalSettings(

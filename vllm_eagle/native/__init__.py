@@ -2,6 +2,9 @@
 
 vLLM's own compilation needs a C++ compiler on CPU, too. Where there is none, or with VLLM_EAGLE_NATIVE=0, plain torch does the same
 work more slowly. The library is built for this machine and this torch, so its name tells both; caches may be shared.
+
+It lies in $XDG_CACHE_HOME or ~/.cache. A user without a home, as in containers that run under any number, gets a folder among the
+temporary files. Its path is no secret, so it is used only if it belongs to this user and to nobody else: a library is code.
 """
 
 import hashlib
@@ -9,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -30,8 +34,8 @@ def problem() -> str | None:
     """Load the operators, building them if need be; why that is impossible, or None."""
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
-    path = _path()
     try:
+        path = _path()
         try:
             torch.ops.load_library(path)
         except OSError:  # not there yet, or cut off
@@ -52,8 +56,27 @@ def _path() -> Path:
     """Where the library for these sources, this torch and this CPU lies."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
     parts = [torch.__version__, platform.machine(), *cpu, *_FLAGS, *(file.read_text() for file in FILES)]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "vllm_eagle" / f"native_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    return _folder() / f"native_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+
+
+def _folder() -> Path:
+    """Where libraries of this user lie; it exists.
+
+    Raises:
+        RuntimeError: there is only one that others could write to.
+        OSError: there is none, and none can be made.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm_eagle"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError):  # home is read-only, or the user has none
+        folder = Path(tempfile.gettempdir(), f"vllm_eagle_{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()  # of a link itself, too: it may lead into somebody else's folder
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise RuntimeError(f"others may write to {folder}: remove it, or set XDG_CACHE_HOME to a folder of yours") from None
+        return folder
 
 
 def _build(path: Path) -> None:
@@ -61,7 +84,6 @@ def _build(path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise RuntimeError("no C++ compiler: install g++, or set CXX to one")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, path.name)
         command = [

@@ -31,7 +31,8 @@ def _log_sum(scores):
     return base + tl.log(tl.sum(tl.exp(scores - base), 0))
 
 
-@triton.jit
+# Not specialized on the width of a level, which changes from step to step: that would compile while requests wait.
+@triton.jit(do_not_specialize=["width"])
 def _parts(
     logits, factors, noise, values, tokens, log_sums, vocab_size, width, logits_row, noise_row, num_parts,
     TOPK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, NOISE: tl.constexpr,
@@ -65,6 +66,7 @@ def _whole(
     count = num_parts * TOPK
     scores = tl.load(part_values + row * count + place, mask=place < count, other=float("-inf"))
     best, at = _pick(scores, place, TOPK, BLOCK_K)
+    at = tl.minimum(at, count - 1)  # of NaNs alone, any place may be called the greatest
     rank = tl.arange(0, BLOCK_K)
     token = tl.load(part_tokens + row * count + at, mask=rank < TOPK, other=0)
     tl.store(values + row * TOPK + rank, best - log_sum, mask=rank < TOPK)

@@ -7,7 +7,7 @@ caches of all types and layouts, windows, soft caps.
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -48,9 +48,11 @@ def all_cases() -> Iterator[Case]:
     for rows, vocab, topk, noisy in ((1, 40, 8, False), (5, 4096, 8, True), (3, 10_000, 1, False), (2, 70, 64, True)):
         name = f"best_children rows={rows} vocab={vocab} topk={topk} noise={noisy}"
         yield Case(name, lambda d, s, a=(rows, vocab, topk, noisy): _best_children(d, s, *a), 1e-5)  # type: ignore[misc]
-    for drafted, nodes in ((0, 4), (8, 1), (30, 17), (500, 61)):
-        yield Case(f"rerank drafted={drafted} nodes={nodes}", lambda d, s, a=(drafted, nodes): _rerank(d, s, *a))  # type: ignore[misc]
-    yield Case("walk", _walk)
+    for drafted, nodes, num_reqs in ((0, 4, 3), (8, 1, 3), (30, 17, 3), (500, 61, 3), (30, 17, 0)):
+        name = f"rerank drafted={drafted} nodes={nodes} requests={num_reqs}"
+        yield Case(name, lambda d, s, a=(drafted, nodes, num_reqs): _rerank(d, s, *a))  # type: ignore[misc]
+    for num_reqs in (16, 0):
+        yield Case(f"walk requests={num_reqs}", lambda d, s, n=num_reqs: _walk(d, s, n))  # type: ignore[misc]
 
 
 # ---- tree attention
@@ -94,22 +96,38 @@ def _attention_cases() -> Iterator[Case]:
         Attention([(20, 90), (4, 3)], window=40, soft_cap=3.0),
         Attention(ragged, dtype=torch.bfloat16, fp8=True, num_splits=2),
         Attention(ragged, levels=True),
+        Attention(ragged, levels=True, num_splits=3, window=12, dtype=torch.float16),
+        Attention([(9, 70), (2, 300)], levels=True, num_splits=2, heads=(8, 2, 128), dtype=torch.bfloat16, token_major=True),
+    )
+    alone = (
+        Attention(ragged),
+        Attention(ragged, window=4, soft_cap=5.0, dtype=torch.float16),
+        Attention([(33, 40), (2, 10)], heads=(8, 2, 128), dtype=torch.bfloat16),
     )
     no_fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
-    for shape in shapes:
+    yield Case("tree_attention no trees", lambda d, s: [run_attention(Attention([(3, 9)]), d, s, num_trees=0)])
+    yield Case("own_attention no trees", lambda d, s: own_attention(Attention([(3, 9)]), d, s, num_trees=0))
+    runs = [("tree_attention", shape, _run_whole) for shape in shapes]
+    runs += [("own_attention", shape, own_attention) for shape in alone]
+    for kernel, shape, run in runs:
         if shape.fp8 and no_fp8:
             continue
         if os.environ.get("TRITON_INTERPRET") == "1" and shape.dtype == torch.bfloat16:  # whose products the interpreter gets wrong
             shape = replace(shape, dtype=torch.float16)
-        name = f"tree_attention {shape}".replace("Attention", "").replace("torch.", "")
-        yield Case(name, lambda d, s, a=shape: [run_attention(a, d, s)], _TOLERANCE[shape.dtype])  # type: ignore[misc]
+        name = f"{kernel} {shape}".replace("Attention", "").replace("torch.", "")
+        yield Case(name, lambda d, s, a=shape, run=run: run(a, d, s), _TOLERANCE[shape.dtype])  # type: ignore[misc]
 
 
-def run_attention(shape: Attention, device: torch.device, seed: int) -> Pair:
-    """Both outputs, rows of no tree included; those must stay as they were."""
+def _run_whole(shape: Attention, device: torch.device, seed: int) -> list[Pair]:
+    return [run_attention(shape, device, seed)]
+
+
+def run_attention(shape: Attention, device: torch.device, seed: int, num_trees: int | None = None) -> Pair:
+    """Both outputs of the first trees, rows of no tree included; those must stay as they were."""
     from vllm_eagle.ops import tree_attention
 
     query, key, value, kv_cache, rows = attention_inputs(shape, device, seed)
+    rows = first_trees(rows, num_trees)
     scale = shape.heads[2] ** -0.5
     options: dict[str, Any] = {"soft_cap": shape.soft_cap, "window": shape.window}
     if shape.fp8:
@@ -121,6 +139,32 @@ def run_attention(shape: Attention, device: torch.device, seed: int) -> Pair:
     return found, expected
 
 
+def own_attention(shape: Attention, device: torch.device, seed: int, num_trees: int | None = None) -> list[Pair]:
+    """Attention of the first trees' rows over their own keys, and log-sums; the trees in another order than in the batch."""
+    from vllm_eagle.ops import tree_attention
+
+    query, key, value, kv_cache, rows = attention_inputs(shape, device, seed)
+    rows = first_trees(rows, num_trees)
+    options: dict[str, Any] = {"scale": shape.heads[2] ** -0.5, "soft_cap": shape.soft_cap, "window": shape.window}
+    counts = rows.num_rows.flip(0)
+    places = (counts.cumsum(0) - counts).flip(0).to(torch.int32)
+    num_places = int(counts.sum())
+    found, sums = tree_attention.own_attention(query, key, value, kv_cache, rows, places=places, num_places=num_places, **options)
+    every, every_sum = torch.zeros(query.shape, device=device), torch.zeros(query.shape[1], len(query), device=device)
+    without_context = replace(rows, context_lens=torch.zeros_like(rows.context_lens))
+    tree_attention.reference(query, key, value, kv_cache, without_context, output=every, log_sums=every_sum, **options)
+    expected, expected_sums = torch.zeros_like(found), torch.zeros_like(sums)
+    for first, at, number in zip(rows.first_rows.tolist(), places.tolist(), rows.num_rows.tolist(), strict=True):
+        expected[at : at + number] = every[first : first + number]
+        expected_sums[:, at : at + number] = every_sum[:, first : first + number]
+    return [(found, expected), (sums, expected_sums)]
+
+
+def first_trees(rows: TreeRows, number: int | None) -> TreeRows:
+    """The first trees of a batch; None: all of them."""
+    return rows if number is None else TreeRows(*(getattr(rows, field.name)[:number] for field in fields(rows)))
+
+
 def attention_inputs(
     shape: Attention, device: torch.device, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TreeRows]:
@@ -129,7 +173,7 @@ def attention_inputs(
     num_heads, num_kv_heads, head_dim = shape.heads
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device)
+        return torch.randn(*size, generator=generator, device=device, dtype=shape.dtype)
 
     nodes, contexts = (torch.tensor(x) for x in zip(*shape.sizes, strict=True))
     blocks = (contexts + nodes + shape.block_size - 1) // shape.block_size
@@ -142,7 +186,8 @@ def attention_inputs(
         kv_cache = random(num_blocks, shape.block_size, num_kv_heads, content).transpose(1, 2)
     else:
         kv_cache = random(num_blocks, num_kv_heads, shape.block_size, content)
-    kv_cache = kv_cache.to(torch.float8_e4m3fn if shape.fp8 else shape.dtype)
+    if shape.fp8:
+        kv_cache = kv_cache.to(torch.float8_e4m3fn)
     most = int(nodes.max())
     if shape.levels:  # two rows of each tree see some of five earlier keys and themselves
         num_rows, num_keys = torch.full_like(nodes, 2), torch.full_like(nodes, 7)
@@ -155,10 +200,10 @@ def attention_inputs(
     first_keys = num_keys.cumsum(0) - num_keys if shape.levels else first_rows
     num_tokens = int(first_rows[-1] + num_rows[-1]) + 2
     if shape.levels:
-        query = random(num_tokens, num_heads, head_dim).to(shape.dtype)
-        key, value = (random(int(num_keys.sum()), num_kv_heads, head_dim).to(shape.dtype) for _ in range(2))
+        query = random(num_tokens, num_heads, head_dim)
+        key, value = (random(int(num_keys.sum()), num_kv_heads, head_dim) for _ in range(2))
     else:
-        projection = random(num_tokens, num_heads + 2 * num_kv_heads, head_dim).to(shape.dtype)
+        projection = random(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
         query, key, value = projection.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     rows = TreeRows(*(x.to(device) for x in (table, contexts, first_rows, num_rows, first_keys, num_keys, visible)))
     return query, key, value, kv_cache, rows
@@ -203,20 +248,21 @@ def _best_children(device: torch.device, seed: int, rows: int, vocab: int, topk:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 3, vocab, generator=generator).to(torch.bfloat16)  # coarse: some are equal
     logits[0, 0, : vocab // 2] = float("-inf")
+    logits[0, 2] = float("nan")
     factors = torch.rand(rows, generator=generator) + 0.5
     noise = torch.randn(rows, vocab, generator=generator) if noisy else None
     values, tokens = best_children(logits.to(device), factors.to(device), None if noise is None else noise.to(device), topk)
     expected, expected_tokens = reference(logits, factors, noise, topk)
-    # Which tokens stand where nothing is left means nothing.
-    is_token = expected > float("-inf")
-    return [(values, expected), (tokens.cpu()[is_token], expected_tokens[is_token])]
+    # Which tokens stand where nothing is left, or nothing is a number, means nothing; but they are tokens.
+    tokens, is_token = tokens.cpu(), expected > float("-inf")
+    known = (tokens >= 0) & (tokens < vocab)
+    return [(values, expected), (tokens[is_token], expected_tokens[is_token]), (known, torch.ones_like(known))]
 
 
-def _rerank(device: torch.device, seed: int, drafted: int, nodes: int) -> list[Pair]:
+def _rerank(device: torch.device, seed: int, drafted: int, nodes: int, num_reqs: int) -> list[Pair]:
     from vllm_eagle.ops.rerank import reference, rerank
 
     generator = torch.Generator().manual_seed(seed)
-    num_reqs = 3
     tokens = torch.randint(0, 1000, (num_reqs, drafted), generator=generator)
     parents = torch.full((num_reqs, drafted), -1)
     scores = torch.zeros(num_reqs, drafted)
@@ -228,18 +274,18 @@ def _rerank(device: torch.device, seed: int, drafted: int, nodes: int) -> list[P
         step = torch.randint(0, 4, (num_reqs,), generator=generator) / 4  # coarse: some are equal
         scores[:, place] = torch.where(above < 0, 0.0, scores.gather(1, above.clamp(min=0)[:, None])[:, 0]) - step
     if drafted > 20:
-        scores[0, 6:] = float("-inf")
-    inputs: Any = (torch.tensor([5, 6, 7]), tokens, scores, parents, torch.tensor([nodes, nodes // 2, 0]))
+        scores[:1, 6:] = float("-inf")
+    inputs: Any = (torch.tensor([5, 6, 7])[:num_reqs], tokens, scores, parents, torch.tensor([nodes, nodes // 2, 0])[:num_reqs])
     sizes: Any = {"max_nodes": nodes + 1, "max_depth": 8}
     found, expected = rerank(*(x.to(device) for x in inputs), **sizes), reference(*inputs, **sizes)
     return [(getattr(found, name), getattr(expected, name)) for name in found.__slots__]
 
 
-def _walk(device: torch.device, seed: int) -> list[Pair]:
+def _walk(device: torch.device, seed: int, num_reqs: int) -> list[Pair]:
     from vllm_eagle.ops.walk import reference, walk
 
     generator = torch.Generator().manual_seed(seed)
-    num_reqs, max_nodes, max_depth = 16, 24, 6
+    max_nodes, max_depth = 24, 6
     token_ids, target_ids = torch.zeros(num_reqs, max_nodes, dtype=torch.long), torch.zeros(num_reqs, max_nodes, dtype=torch.long)
     parents = torch.zeros(num_reqs, max_nodes, dtype=torch.long)
     for request in range(num_reqs):

@@ -15,13 +15,14 @@ import triton.language as tl
 _WORD = torch.int32  # what is copied at a time
 
 
-@triton.jit
+# Not specialized on what changes from step to step: that would compile while requests wait.
+@triton.jit(do_not_specialize=["table_row", "path_row", "max_depth"])
 def _move(
     caches, block_table, context_lens, paths,
     table_row, path_row, cache_block, cache_head, cache_slot, max_depth, words, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, request, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cache = tl.load(caches + layer).to(tl.pointer_type(tl.int32))
+    cache = tl.load(caches + layer).to(tl.pointer_type(tl.int32)) + head.to(tl.int64) * cache_head
     context_len = tl.load(context_lens + request)
     word = tl.arange(0, BLOCK)
     for depth in range(1, max_depth + 1):
@@ -30,8 +31,8 @@ def _move(
             source, target = context_len + node, context_len + depth
             source_block = tl.load(block_table + request * table_row + source // PAGE).to(tl.int64)
             target_block = tl.load(block_table + request * table_row + target // PAGE).to(tl.int64)
-            source_at = cache + source_block * cache_block + head * cache_head + (source % PAGE) * cache_slot
-            target_at = cache + target_block * cache_block + head * cache_head + (target % PAGE) * cache_slot
+            source_at = cache + source_block * cache_block + (source % PAGE) * cache_slot
+            target_at = cache + target_block * cache_block + (target % PAGE) * cache_slot
             tl.store(target_at + word, tl.load(source_at + word, mask=word < words), mask=word < words)
 
 

@@ -25,7 +25,8 @@ class Trees:
     ancestors: torch.Tensor  # [num_reqs, max_nodes, max_nodes] bool
 
 
-@triton.jit
+# Not specialized on how much was drafted, which changes from step to step: that would compile while requests wait.
+@triton.jit(do_not_specialize=["drafted"])
 def _order(
     tokens, scores, parents, budgets, tree_tokens, tree_scores, tree_parents, ranks, num_nodes, drafted, tree_row,
     TILE: tl.constexpr,
@@ -55,7 +56,7 @@ def _order(
         tl.store(num_nodes + request, (count + 1).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["drafted"])
 def _climb(ranks, parents, num_nodes, depths, ancestors, drafted, tree_row, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
     request = tl.program_id(0)
     node = tl.arange(0, BLOCK)

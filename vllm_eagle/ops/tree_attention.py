@@ -10,12 +10,15 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from vllm_eagle.attention.rows import TreeRows
 
 _LOG2_E = 1.4426950408889634
 _MOST_SPLITS = 64
+_MERGED_AT_ONCE = 8
 _WAVES = 2  # programs per multiprocessor to aim for
+_TWO_SCALED_STAGES_BYTES = 112 << 10  # of shared memory, in the largest tiles
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def _part(
         position = start + tile
         is_token = position < end
         block = tl.load(block_table + tree * table_row + position // PAGE, mask=is_token, other=0).to(tl.int64)
-        at = block * cache_block + kv_head * cache_head + (position % PAGE) * cache_slot
+        at = block * cache_block + kv_head.to(tl.int64) * cache_head + (position % PAGE) * cache_slot
         here = is_token[:, None] & is_dim[None, :]
         k = tl.load(kv_cache + at[:, None] + dim[None, :], mask=here, other=0.0)
         v = tl.load(kv_cache + at[:, None] + HEAD_DIM + dim[None, :], mask=here, other=0.0)
@@ -125,20 +128,28 @@ def _part(
 @triton.jit(do_not_specialize=["splits", "all_rows"])
 def _merge(
     parts, log_sums, output, first_places, first_rows, num_rows, splits, all_rows, all_heads, output_row, output_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     tree, row, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if row >= tl.load(num_rows + tree):
         return
     own_row = tl.load(first_rows + tree) + row
-    split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    is_split, is_dim = split < splits, dim < HEAD_DIM
-    place = (split.to(tl.int64) * all_rows + tl.load(first_places + tree) + row) * all_heads + head
-    log_sum = tl.load(log_sums + place, mask=is_split, other=float("-inf"))
-    weight = tl.exp2(log_sum - tl.max(log_sum, 0))
-    weight = weight / tl.sum(weight, 0)
-    part = tl.load(parts + place[:, None] * HEAD_DIM + dim[None, :], mask=is_split[:, None] & is_dim[None, :], other=0.0)
-    merged = tl.sum(weight[:, None] * part, 0)
+    place = ((tl.load(first_places + tree) + row) * all_heads + head).to(tl.int64)
+    next_split = all_rows.to(tl.int64) * all_heads
+    every = tl.arange(0, MOST)
+    log_sum = tl.load(log_sums + place + every * next_split, mask=every < splits, other=float("-inf"))
+    top = tl.max(log_sum, 0)
+    total = tl.sum(tl.exp2(log_sum - top), 0)
+    dim = tl.arange(0, BLOCK_D)
+    is_dim = dim < HEAD_DIM
+    merged = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        is_split = split < splits
+        at = place + split * next_split
+        weight = tl.exp2(tl.load(log_sums + at, mask=is_split, other=float("-inf")) - top) / total
+        part = tl.load(parts + at[:, None] * HEAD_DIM + dim[None, :], mask=is_split[:, None] & is_dim[None, :], other=0.0)
+        merged += tl.sum(weight[:, None] * part, 0)
     tl.store(output + own_row * output_row + head * output_head + dim, merged.to(output.dtype.element_ty), mask=is_dim)
 
 
@@ -155,7 +166,7 @@ def tree_attention(
     window: int = 0,  # a row at position p sees positions above p - window; 0: all
     key_scale: float = 1.0,  # of an 8-bit cache
     value_scale: float = 1.0,
-    num_splits: int | None = None,  # parts of the context; None: as many as fill the GPU
+    num_splits: int | None = None,  # parts of the context, at most 64; None: as many as fill the GPU
 ) -> None:
     """Equals `reference`, for any mixture of trees. Key and value are those of tree rows, in the query's dtype."""
     num_kv_heads = key.shape[1]
@@ -173,13 +184,14 @@ def tree_attention(
     if num_splits == 1:
         _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, None, tokens_per_split, 1)
         return
+    assert num_splits <= _MOST_SPLITS
     # Room for the trees' rows alone: a prompt beside them may have thousands.
     parts, log_sums = _workspace(query, num_splits, num_trees * max_rows)
-    places = torch.arange(num_trees, device=query.device) * max_rows
+    places = torch.arange(num_trees, device=query.device, dtype=torch.int32) * max_rows
     _launch(query, key, value, kv_cache, rows, rows.context_lens, options, parts, log_sums, places, tokens_per_split, num_splits)
     _merge[(num_trees, max_rows, query.shape[1])](
         parts, log_sums, output, places, rows.first_rows, rows.num_rows, num_splits, *parts.shape[1:3], *output.stride()[:2],
-        HEAD_DIM=query.shape[2], BLOCK_D=triton.next_power_of_2(query.shape[2]), BLOCK_S=triton.next_power_of_2(num_splits),
+        HEAD_DIM=query.shape[2], BLOCK_D=triton.next_power_of_2(query.shape[2]), MOST=_MOST_SPLITS, BLOCK_S=_MERGED_AT_ONCE,
         num_warps=2,
     )  # fmt: skip
 
@@ -191,16 +203,19 @@ def own_attention(
     kv_cache: torch.Tensor,  # not read
     rows: TreeRows,
     scale: float,
+    places: torch.Tensor,  # [num_trees] int32, where each tree's first row goes in the answer
+    num_places: int,
     soft_cap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:  # [num_tokens, num_heads, head_dim] and log-sum-exp [num_heads, num_tokens], float32
+    window: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [num_places, num_heads, head_dim] and log-sum-exp [num_heads, num_places], float32
     """Every tree row over what it sees of its own tree alone, for a merge with somebody else's attention over the context.
 
-    Only the trees' rows are written.
+    Equals `reference` where all contexts are empty. The answer holds trees' rows alone: a prompt beside them may have thousands.
     """
-    found, log_sums = _workspace(query, 1, len(query))
+    found, log_sums = _workspace(query, 1, num_places)
     if rows.visible.numel():
-        empty, options = torch.zeros_like(rows.context_lens), (scale, soft_cap, 0, 1.0, 1.0)
-        _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, rows.first_rows, 1, 1)
+        empty, options = torch.zeros_like(rows.context_lens), (scale, soft_cap, window, 1.0, 1.0)
+        _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, places, 1, 1)
     return found[0], (log_sums[0] / _LOG2_E).t().contiguous()
 
 
@@ -216,6 +231,13 @@ def _blocks(query: torch.Tensor, stacked: int) -> tuple[int, int]:
     return min(max(triton.next_power_of_2(stacked), 16), most), 32 if wide or exact else 64
 
 
+def _stages(query: torch.Tensor, kv_cache: torch.Tensor) -> int:
+    """Tiles of keys and values in flight. Where an 8-bit cache's do not fit beside their copies in 16 bits, one."""
+    if query.dtype == torch.float32:
+        return 1
+    return 2 if kv_cache.dtype.itemsize > 1 or _shared_memory(query.device) >= _TWO_SCALED_STAGES_BYTES else 1
+
+
 def _launch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -226,7 +248,7 @@ def _launch(
     options: tuple[float, float, int, float, float],  # scale, soft cap, window, scales of keys and values in the cache
     output: torch.Tensor,  # the whole answer, or with `log_sums` the parts' [num_splits, num_places, num_heads, head_dim]
     log_sums: torch.Tensor | None,
-    places: torch.Tensor | None,  # [num_trees] int64, first place of each tree in the parts
+    places: torch.Tensor | None,  # [num_trees] int32, first place of each tree in the parts
     tokens_per_split: int,
     num_splits: int,
 ) -> None:
@@ -246,13 +268,22 @@ def _launch(
         GROUP=group, HEAD_DIM=head_dim, PAGE=kv_cache.shape[2], BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_D=triton.next_power_of_2(head_dim), CAP=soft_cap > 0, WINDOW=window > 0, SPLIT=log_sums is not None,
         SCALED=kv_cache.dtype.itemsize == 1, LOG2_E=_LOG2_E,
-        num_warps=8 if block_m > 64 else 4, num_stages=1 if query.dtype == torch.float32 else 2,
+        num_warps=8 if block_m > 64 else 4, num_stages=_stages(query, kv_cache),
     )  # fmt: skip
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Most bytes that a program may have: 99 KiB on GPUs of capability 8.6, 8.9 and 12.0, at least 163 KiB on 8.0, 9.0 and 10.0."""
+    if device.type != "cuda":
+        return 0
+    with torch.cuda.device(device):
+        return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
 def reference(
@@ -267,6 +298,7 @@ def reference(
     window: int = 0,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    log_sums: torch.Tensor | None = None,  # [num_heads, num_tokens] float32, log-sum-exp of the trees' rows is written
 ) -> None:
     """The same in plain torch and float32, tree after tree."""
     block_size, head_dim, group = kv_cache.shape[2], query.shape[2], query.shape[1] // key.shape[1]
@@ -289,5 +321,7 @@ def reference(
         scores = torch.einsum("qhd,khd->hqk", query[first_row : first_row + num_rows].float(), keys) * scale
         if soft_cap > 0:
             scores = soft_cap * (scores / soft_cap).tanh()
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        output[first_row : first_row + num_rows] = torch.einsum("hqk,khd->qhd", weights, values).to(output.dtype)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        output[first_row : first_row + num_rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(output.dtype)
+        if log_sums is not None:
+            log_sums[:, first_row : first_row + num_rows] = scores.logsumexp(-1)

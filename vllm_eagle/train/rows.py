@@ -76,7 +76,7 @@ def check_files(paths: list[Path]) -> None:
 
 def iter_rows(path: Path, report: DataReport) -> Iterator[Row]:
     """Usable rows of one file; `report` gets the others. Answers are not required."""
-    for line, raw in _raw_rows(path, report):
+    for line, raw in raw_rows(path, report):
         report.num_rows += 1
         try:
             yield _parse(path, line, raw)
@@ -84,33 +84,12 @@ def iter_rows(path: Path, report: DataReport) -> Iterator[Row]:
             report.add(path, line, error.reason, error.detail)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .jsonl or .jsonl.gz file, unchanged, for prompts: here a broken line ends the run.
-
-    Raises:
-        ValueError: a line is no JSON object with `messages`, `prompt` or `text`; the message names file and line.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
-            if not isinstance(row, dict) or not {"messages", "prompt", "text"} & row.keys():
-                raise ValueError(f'{path}, line {number}: a row needs "messages", "prompt" or "text"')
-            yield row
-
-
 def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _raw_rows(path: Path, report: DataReport) -> Iterator[tuple[int, Any]]:
-    """Line number and JSON value, or RowError, of every row."""
+def raw_rows(path: Path, report: DataReport) -> Iterator[tuple[int, Any]]:
+    """Line number and JSON value, or RowError, of every row; `report` gets a gzip file that is torn."""
     if _kind(path) == ".jsonl":
         for number, line in _lines(path, report):
             if line.strip():
@@ -161,18 +140,23 @@ def _parse(path: Path, line: int, raw: Any) -> Row:
         raise RowError("not an object", type(raw).__name__)
     for key in ("messages", "conversations"):
         if key in raw:
-            messages = _messages(raw[key])
+            messages = parse_messages(raw[key])
             is_cut = messages[-1]["role"] == "assistant" and raw[key][-1].get("finish_reason") == "length"
             return Row(path, line, messages=messages, is_cut=is_cut)
     if "text" in raw:
-        return Row(path, line, text=_content(raw["text"], "text"))
+        return Row(path, line, text=parse_content(raw["text"], "text"))
     if "prompt" in raw:
-        question = {"role": "user", "content": _content(raw["prompt"], "prompt")}
+        question = {"role": "user", "content": parse_content(raw["prompt"], "prompt")}
         return Row(path, line, messages=[question], is_prompt=True)
     raise RowError("unknown row shape", f"keys {', '.join(map(str, raw))[:80]}; needs messages, conversations or text")
 
 
-def _messages(turns: Any) -> list[Message]:
+def parse_messages(turns: Any) -> list[Message]:
+    """A dialogue with the roles that templates know.
+
+    Raises:
+        RowError: a turn is no text, or stands where it may not.
+    """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError("unknown row shape", "the dialogue is no list of objects")
     messages: list[Message] = []
@@ -184,7 +168,7 @@ def _messages(turns: Any) -> list[Message]:
             raise RowError("unknown role", f"turn {i}: {name!r}"[:80])
         if turn.get("tool_calls") or turn.get("function_call"):
             raise RowError("tool calls", f"turn {i}: only text can be trained on")
-        content = _content(turn.get("content", turn.get("value")), f"turn {i}")
+        content = parse_content(turn.get("content", turn.get("value")), f"turn {i}")
         if before not in BEFORE[role]:
             raise RowError("wrong role order", f"turn {i}: {role} after {before}" if before else f"starts with {role}")
         messages.append({"role": role, "content": content})
@@ -194,8 +178,12 @@ def _messages(turns: Any) -> list[Message]:
     return messages
 
 
-def _content(value: Any, where: str) -> str:
-    """The text of a turn. Parts are joined as vLLM's server joins them for a template that wants a string."""
+def parse_content(value: Any, where: str) -> str:
+    """The text of a turn. Parts are joined as vLLM's server joins them for a template that wants a string.
+
+    Raises:
+        RowError: there is none.
+    """
     if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
         value = "\n".join(part["text"] for part in value)
     if not isinstance(value, str):
