@@ -11,6 +11,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_PROMPTS = (
+    'JSONL or JSON with "messages", "conversations", "turns" (MT-bench, Spec-Bench) or "prompt" (default: 64 built-in questions)'
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status. User errors are one line on stderr, status 2."""
@@ -65,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("eval", help="draft accuracy, calibration and expected tau of a head, without vLLM")
     measure.add_argument("--target", dest="model", help="target model (default: the shipped one)")
     measure.add_argument("--head", help="head for it (default: the shipped one)")
-    measure.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
+    measure.add_argument("--prompts", type=Path, help=_PROMPTS)
     measure.add_argument("--limit", type=int, help="use the first N prompts")
     measure.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
     measure.add_argument("--mode", choices=["dynamic", "static", "chain"], default="dynamic", help="(default %(default)s)")
@@ -79,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="tokens per target pass: plain vLLM, its EAGLE chain, our trees")
     _add_models(compare)
-    compare.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
+    compare.add_argument("--prompts", type=Path, help=_PROMPTS)
     compare.add_argument("--limit", type=int, help="use the first N prompts")
     compare.add_argument("--temperature", type=float, default=0.0)
     compare.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")
@@ -92,8 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     bench = commands.add_parser("bench", help="output tokens per second: plain vLLM, its own drafters, our trees, at rising load")
+    bench.description = "Exits with 1 if greedy answers of our variants differ from plain vLLM's in float32."
     _add_models(bench)
-    bench.add_argument("--prompts", type=Path, help='JSONL with "messages" or "prompt" (default: 64 built-in questions)')
+    bench.add_argument("--prompts", type=Path, help=_PROMPTS)
     bench.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="requests at once (default %(default)s)")
     bench.add_argument("--rounds", type=int, default=5, help="in which all variants take turns (default %(default)s)")
     bench.add_argument("--temperature", type=float, default=0.0)
