@@ -1,15 +1,18 @@
 """An offline engine in a process of its own, whole: scheduler and worker in one, so that nothing polls.
 
 vLLM's usual offline engine has a process for the scheduler that polls the worker's, and so takes a core from it. With
-VLLM_ENABLE_V1_MULTIPROCESSING=0 both run in the caller; a process per engine keeps several of them alive side by side.
+VLLM_ENABLE_V1_MULTIPROCESSING=0 both run in the caller; a process per engine keeps several of them alive side by side. Even so an
+engine without work has dozens of threads that wake up now and then, and each time the threads of the one at work may wait for one
+another: between its turns an engine is stopped.
 """
 
+import ctypes
 import multiprocessing
 import os
-import threading
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +20,7 @@ from vllm_eagle.bench import sustained
 from vllm_eagle.bench.offline import Generated, engine
 from vllm_eagle.bench.sustained import Answer, Ask
 
+_PR_SET_PDEATHSIG = 1  # prctl(2), of Linux
 _stack = ExitStack()
 _engines: list[Any] = []  # of this process: one
 
@@ -31,25 +35,29 @@ def engine_apart(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as process:
         number = process.submit(_start, model, arguments).result()
         try:
-            yield partial(_ask, process), number
+            _signal(number, signal.SIGSTOP)
+            yield partial(_ask, process, number), number
         finally:
+            _signal(number, signal.SIGCONT)
             process.submit(_stack.close).result()
 
 
 def _end_with_parent() -> None:
-    """Should the caller be killed, its engines end, too."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    """Should the caller be killed, its engines end, too, even stopped ones."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _ask(process: ProcessPoolExecutor, asks: Sequence[Ask], at_once: int) -> Generated:
-    return process.submit(_answer, asks, at_once).result()
+def _signal(number: int, which: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has died; its answer will say so
+        os.kill(number, which)
+
+
+def _ask(process: ProcessPoolExecutor, number: int, asks: Sequence[Ask], at_once: int) -> Generated:
+    _signal(number, signal.SIGCONT)
+    try:
+        return process.submit(_answer, asks, at_once).result()
+    finally:
+        _signal(number, signal.SIGSTOP)
 
 
 def _start(model: str, arguments: dict[str, Any]) -> int:
