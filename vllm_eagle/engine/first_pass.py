@@ -58,8 +58,9 @@ def passes(
     Tokens of the other rows go to the backlog.
     """
     others = sorted(set(range(len(req_ids))).difference(now))
-    starts, parts = whole.starts, whole.parts
-    backlog.keep(whole.token_ids, whole.features, {req_ids[row]: (starts[row], parts[row]) for row in others})
+    if others:
+        starts, parts = whole.starts, whole.parts
+        backlog.keep(whole.token_ids, whole.features, {req_ids[row]: (starts[row], parts[row]) for row in others})
     waiting = {row: piece for row in now if (piece := backlog.take(req_ids[row])) is not None}
     if not waiting and not others:
         yield whole
