@@ -20,6 +20,7 @@ ALGORITHM = {
     "metrics",
     "budget",
     "calibration",
+    "cost_curve",
     "native",
     "ops",
 }

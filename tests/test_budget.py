@@ -8,67 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_eagle.budget import Budget, CostCurve, Plan, best_number
+from vllm_eagle.budget import Budget, Plan, best_number
 from vllm_eagle.calibration import Calibration
+from vllm_eagle.cost_curve import CostCurve
 
 FLAT = CostCurve([1, 64], [0.02, 0.02])  # a pass costs the same whatever it holds: memory-bound
 LINEAR = CostCurve([1, 64], [0.001, 0.064])  # every token costs the same: compute-bound
-
-
-# ---- cost
-
-
-def test_a_curve_goes_through_its_points_and_on() -> None:
-    curve = CostCurve([1, 4, 16], [1.0, 2.0, 6.0])
-    np.testing.assert_allclose(curve(np.array([1, 4, 10, 16, 19])), [1, 2, 4, 6, 7])
-
-
-def test_a_curve_never_falls() -> None:
-    assert (np.diff(CostCurve([1, 2, 4, 8], [1.0, 0.9, 1.5, 1.2])(np.arange(1, 20))) >= 0).all()
-
-
-def test_a_curve_follows_what_passes_take() -> None:
-    curve = CostCurve([1, 4, 16], [1.0, 2.0, 6.0])
-    for _ in range(400):
-        curve.correct(10, 8.0)
-        curve.correct(1, 1.0)
-    np.testing.assert_allclose(curve(np.array([10, 1])), [8.0, 1.0], rtol=0.02)
-
-
-def test_a_disturbed_pass_changes_little_and_is_soon_forgotten() -> None:
-    curve = CostCurve([1, 16], [1.0, 6.0])
-    curve.correct(16, 600.0)
-    assert float(curve(np.array(16))) < 7.6
-    for _ in range(20):
-        curve.correct(16, 6.0)
-    assert float(curve(np.array(16))) == pytest.approx(6.0, rel=0.03)
-
-
-def test_what_all_passes_have_in_common_is_learned_at_once() -> None:
-    """Real passes take 20 ms more than those measured at start."""
-    curve = CostCurve([1, 4, 16, 64], [0.018, 0.018, 0.030, 0.074])
-    for _ in range(4):
-        for tokens, seconds in ((4, 0.038), (16, 0.050)):
-            curve.correct(tokens, seconds)
-    np.testing.assert_allclose(curve(np.array([4, 16, 64])), [0.038, 0.050, 0.094], rtol=0.15)
-
-
-def test_a_point_that_was_disturbed_when_it_was_measured_and_is_never_met_does_no_harm() -> None:
-    """At the start other processes held the cores: a small pass seemed to take thirty times as long."""
-    curve = CostCurve([1, 2, 4, 8, 16, 32], [0.055, 0.055, 0.056, 0.055, 0.055, 0.060])
-    for _ in range(200):
-        for tokens in (3, 5, 12):
-            curve.correct(tokens, 0.002)
-    np.testing.assert_allclose(curve(np.array([1, 2, 4, 8])), 0.002, rtol=0.3)
-    assert (curve(np.arange(1, 40)) > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "seconds"), [([], []), ([1, 2], [1.0]), ([2, 2], [1.0, 1.0]), ([2, 1], [1.0, 1.0]), ([1, 2], [1.0, 0.0])]
-)
-def test_impossible_curves(tokens: list[int], seconds: list[float]) -> None:
-    with pytest.raises(ValueError, match="cost curve"):
-        CostCurve(tokens, seconds)
 
 
 # ---- calibration
@@ -293,12 +238,12 @@ def test_what_is_spent_anyway_makes_no_level_dearer() -> None:
 
 
 def test_what_every_pass_costs_is_shared_by_more_tokens() -> None:
-    """Tokens cost what they yield; but if a pass takes a second longer whatever it holds, it had better hold many."""
+    """Tokens cost what they yield; but if a pass takes 20 ms longer whatever it holds, it had better hold many."""
     made = budget(LINEAR, CHEAP_HEAD)
     assert made.plan(4).depth == 0
     for _ in range(60):
         for tokens in (4, 20):
-            made.saw_pass(float(LINEAR(np.array(tokens))) + 1.0, tokens, has_drafts=tokens > 4)
+            made.saw_pass(float(LINEAR(np.array(tokens))) + 0.02, tokens, num_trees=4 * (tokens > 4))
     assert settled(made, 4).depth > 0
 
 
@@ -307,10 +252,10 @@ def test_what_passes_with_drafts_cost_besides_tells_against_drafting() -> None:
     made = budget(FLAT, CHEAP_HEAD)
     assert settled(made).depth > 0
     for _ in range(200):
-        made.saw_pass(0.02, 4, has_drafts=False)
-        made.saw_pass(0.12, 16, has_drafts=True)
-    assert made.drafts_s > 0.08  # the rest is taken for the price of more tokens
-    assert made.drafts_s + float(made.target(np.array(16))) == pytest.approx(0.12, rel=0.05)
+        made.saw_pass(0.02, 4, num_trees=0)
+        made.saw_pass(0.12, 16, num_trees=1)
+    assert made.target.drafts_s(np.array(1)) > 0.07  # the rest is taken for the price of more tokens
+    assert made.target.drafts_s(np.array(1)) + float(made.target(np.array(16))) == pytest.approx(0.12, rel=0.15)
     assert float(made.target(np.array(4))) == pytest.approx(0.02, rel=0.1)
     assert settled(made).depth == 0
 
@@ -318,12 +263,12 @@ def test_what_passes_with_drafts_cost_besides_tells_against_drafting() -> None:
 def test_a_machine_that_becomes_slower_does_not_tell_against_drafting() -> None:
     """Where all passes have drafts, nothing says that drafts are to blame."""
     made = budget(FLAT, CHEAP_HEAD)
-    made.saw_pass(0.02, 4, has_drafts=False)
+    made.saw_pass(0.02, 4, num_trees=0)
     for _ in range(300):
-        made.saw_pass(0.02, 16, has_drafts=True)
+        made.saw_pass(0.02, 16, num_trees=1)
     for _ in range(300):
-        made.saw_pass(0.06, 16, has_drafts=True)
-    assert made.drafts_s < 0.003
+        made.saw_pass(0.06, 16, num_trees=1)
+    assert made.target.drafts_s(np.array(1)) < 0.003
     assert settled(made).depth > 0
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from vllm_eagle.bench.simulate import RECORDED, _recorded, best_fixed, read, roofline, simulate, with_budget
-from vllm_eagle.budget import CostCurve, Plan
+from vllm_eagle.budget import Plan
 from vllm_eagle.cli import main
+from vllm_eagle.cost_curve import CostCurve
 
 # Root, two children of it, a child of the first: nodes 1, 2, 3; the last one of them was accepted with its parent.
 TREE = _recorded([0, 0, 0, 1], [0.0, -0.1, -2.0, -0.5], [1, 3])
@@ -64,6 +65,22 @@ def test_never_slower_than_plain_decoding_where_drafts_cost_more_than_is_known(h
         found = with_budget(trees, target, head, number, 16, 8, hidden_s, noise=noise)
         assert found["tokens_per_s"] >= 0.99 * plain, (number, found)
         assert number > 1 or found["tokens_per_s"] > 1.9 * plain
+
+
+@pytest.mark.parametrize("number", [4, 16, 32])
+def test_a_machine_that_is_slower_now_and_then_changes_no_decisions(number: int) -> None:
+    """Other work takes a share of it for some time, again and again: all passes take longer by that share."""
+    target = CostCurve([1, 4, 8, 16, 32, 64, 128], [0.066, 0.066, 0.077, 0.094, 0.143, 0.219, 0.553])
+    head = CostCurve([1, 8, 64, 256], [0.0027, 0.0032, 0.0054, 0.0132])
+    generator, slowness = np.random.default_rng(0), list[float]()
+    while len(slowness) < 1200:
+        slowness += [float(np.exp(0.3 * abs(generator.normal())))] * int(1 + generator.exponential(60))
+    load = [number] * 1200
+    quiet, disturbed = (
+        with_budget(read(RECORDED), target, head, load, 16, 8, 0.006, noise=noise, slowness=slow)["tokens_per_s"]
+        for noise, slow in ((0.0, None), (0.1, slowness))
+    )
+    assert disturbed >= 0.98 * quiet >= 0.98 * number / float(target(np.array(number)))
 
 
 @pytest.mark.parametrize(("before", "now", "at_least"), [(1, 64, 0.93), (64, 1, 1.5), (2, 16, 0.98)])

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from vllm.v1.metrics.stats import IterationStats
 
-from vllm_eagle.bench import throughput, throughput_report, throughput_sides
+from vllm_eagle.bench import sustained, throughput, throughput_report, throughput_sides
 from vllm_eagle.bench.offline import Generated
 from vllm_eagle.bench.output_gaps import output_gaps
 from vllm_eagle.bench.throughput import PLAIN, Settings, _asks, _summary, measure, order, run, variants
@@ -133,18 +134,20 @@ def test_nobody_always_follows_the_same_one() -> None:
     assert follows == {("a", "b"), ("b", "c"), ("c", "b"), ("b", "a")}
 
 
-def test_gaps_between_outputs_are_those_of_the_engines_steps() -> None:
+def test_tokens_and_gaps_between_outputs_are_those_of_the_engines_steps() -> None:
     """Of the steps within the context: two requests in the first, none in the second, one in the third."""
     others: list[Any] = [object()]
     llm: Any = SimpleNamespace(llm_engine=SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=others)))
-    with output_gaps(llm) as gaps_s:
+    with output_gaps(llm) as told:
         assert len(others) == 2
         for seconds in ([0.1, 0.2], None, [0.3]):
             stats = None if seconds is None else IterationStats()
             if stats is not None:
                 stats.inter_token_latencies_iter += seconds
+                stats.num_generation_tokens = 4
             others[-1].record(None, stats, mm_cache_stats=None, engine_idx=0)
-    assert gaps_s == [0.1, 0.2, 0.3]
+    assert told.seconds == [0.1, 0.2, 0.3]
+    assert told.num_tokens == 8
     assert len(others) == 1
 
 
@@ -200,6 +203,65 @@ def test_every_round_asks_something_else() -> None:
     assert len(first) == len(second) == 20
     assert not {ask.prompt_token_ids[0] for ask in first} & {ask.prompt_token_ids[0] for ask in second}
     assert len({ask.seed for ask in first + second}) == 40
+
+
+def test_users_are_not_in_step() -> None:
+    asked = _asks(settings(max_tokens=10), [[1]], 4, 1)
+    assert [ask.max_tokens for ask in asked] == [3, 5, 8, *[10] * 13]
+    assert {ask.max_tokens for ask in _asks(settings(max_tokens=10), [[1]], 1, 0)} == {10}
+
+
+def test_rates_are_those_while_nobody_had_run_out_of_questions() -> None:
+    rounds = [{PLAIN: replace(generated(2.0), busy=(2, 1.0)), "trees": replace(generated(2.0), busy=(3, 0.5))}]
+    assert _summary(rounds, "trees")["tokens_per_s"] == 6.0
+    assert _summary(rounds, "trees")["ratio"] == 3.0
+
+
+def test_tokens_of_an_answer_over_http_until_some_time() -> None:
+    """Three outputs, of two tokens each, as far as can be told: after 1, 1.5 and 3 seconds."""
+    answer: Any = SimpleNamespace(ttft=1.0, itl=[0.5, 1.5], output_tokens=6)
+    assert [sustained.until(now_s, 10.0, answer) for now_s in (9.0, 11.2, 11.6, 13.5)] == [0, 2, 4, 6]
+
+
+class Lockstep:
+    """An engine that gives every request a token per step."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, int] = {}
+        self.all: dict[str, int] = {}
+        self.logger_manager = SimpleNamespace(stat_loggers=list[Any]())
+
+    def add_request(self, number: str, _prompt: Any, params: Any) -> None:
+        self.left[number] = self.all[number] = params.max_tokens
+
+    def step(self) -> list[Any]:
+        stats = IterationStats()
+        stats.num_generation_tokens = len(self.left)
+        for logger in self.logger_manager.stat_loggers:
+            logger.record(None, stats)
+        self.left = {number: left - 1 for number, left in self.left.items()}
+        ended = [number for number, left in self.left.items() if not left]
+        for number in ended:
+            del self.left[number]
+        metrics = SimpleNamespace(first_token_latency=0.1, last_token_ts=2.0, first_token_ts=1.0)
+        return [
+            SimpleNamespace(
+                request_id=number,
+                finished=True,
+                metrics=metrics,
+                outputs=[SimpleNamespace(token_ids=[0] * self.all[number], text="", spec_decode_metrics=None)],
+            )
+            for number in ended
+        ]
+
+
+def test_what_comes_after_the_last_question_was_answered_by_somebody_does_not_count() -> None:
+    llm: Any = SimpleNamespace(llm_engine=Lockstep())
+    found = sustained.offline(llm, [sustained.Ask([1], 0.0, 0, length) for length in (2, 4, 3, 9)], 2)
+    assert found.tokens == 18
+    assert found.busy is not None
+    assert found.busy[0] == 2 * 5  # the third question is answered after 2 + 3 steps, and nobody asks another
+    assert 0 < found.busy[1] <= found.seconds
 
 
 @pytest.mark.parametrize("http", [False, True], ids=["offline", "http"])

@@ -7,80 +7,16 @@ which is the expected number of tokens per second. Sure requests get large trees
 Numbers in, numbers out: no clock and no chance, so that ranks which are given the same numbers decide alike. numpy only.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vllm_eagle.calibration import Calibration
+from vllm_eagle.cost_curve import CostCurve
 
-_STEP = 0.05  # how fast a cost follows what is measured
-_FAST_STEP = 0.1  # ... and what all passes have in common, which every pass tells; the first ones count more
-_FIRST = 5  # the first one moves it by one part in so many
-_OUTLIER = 2.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
-
-
-class CostCurve:
-    """Seconds of a pass over so many tokens: straight lines between measured points, corrected by what passes take.
-
-    A real pass takes longer than the one that was measured at start, by something that hardly depends on its size (attention,
-    sampling, Python, other processes on the same cores): an offset, learned quickly. The points follow slowly. None counts for
-    more than one with more tokens: what disturbs a measurement makes it slower, and a point that is never met stays as it is.
-    """
-
-    def __init__(self, tokens: Sequence[int], seconds: Sequence[float]):
-        """From measurements at increasing numbers of tokens.
-
-        Raises:
-            ValueError: there are none, the numbers do not increase, or a time is not positive.
-        """
-        self._tokens = np.asarray(tokens, np.float64)
-        self._seconds = np.asarray(seconds, np.float64)
-        self._offset_s, self._corrections = 0.0, 0
-        if len(self._tokens) == 0 or len(self._tokens) != len(self._seconds):
-            raise ValueError(f"a cost curve needs as many times as numbers of tokens, got {len(tokens)} and {len(seconds)}")
-        if (np.diff(self._tokens) <= 0).any() or (self._seconds <= 0).any():
-            raise ValueError("a cost curve needs increasing numbers of tokens and positive times")
-
-    @property
-    def points(self) -> list[tuple[int, float]]:
-        """Tokens and seconds, as of now."""
-        return list(zip(self._tokens.astype(int).tolist(), self._believed().tolist(), strict=True))
-
-    def __str__(self) -> str:
-        """Milliseconds by tokens."""
-        return ", ".join(f"{tokens}: {1e3 * seconds:.1f}" for tokens, seconds in self.points)
-
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """Seconds, never less for more tokens; beyond the last point the last slope goes on."""
-        tokens = np.asarray(tokens, np.float64)
-        seconds = self._believed()
-        inside = np.interp(tokens, self._tokens, seconds)
-        if len(seconds) < 2:
-            return inside * np.maximum(tokens / self._tokens[0], 1.0)
-        slope = (seconds[-1] - seconds[-2]) / (self._tokens[-1] - self._tokens[-2])
-        return inside + np.maximum(tokens - self._tokens[-1], 0.0) * slope
-
-    def _believed(self) -> np.ndarray:
-        return np.minimum.accumulate(self._seconds[::-1])[::-1] + self._offset_s
-
-    def correct(self, tokens: float, seconds: float, common: float = 1.0) -> None:
-        """A pass over `tokens` took `seconds`: move the two points around it that way, and the offset by the `common` share."""
-        if seconds <= 0:
-            return  # the clock was set back
-        expected = float(self(np.array(tokens)))
-        ratio = min(max(seconds / expected, 1 / _OUTLIER), _OUTLIER)
-        right = min(max(int(self._tokens.searchsorted(tokens)), 1), len(self._tokens) - 1)
-        left = max(right - 1, 0)
-        span = float(self._tokens[right] - self._tokens[left])
-        share = 0.0 if span == 0 else min(max(float(tokens - self._tokens[left]) / span, 0.0), 1.0)
-        for point, weight in ((left, 1 - share), (right, share)):
-            self._seconds[point] *= 1 + _STEP * weight * (ratio - 1)
-        error_s = expected * (ratio - 1)
-        step = max(_FAST_STEP, 1 / (_FIRST + self._corrections))
-        self._corrections += 1
-        self._offset_s = max(-0.5 * self._seconds.min(), self._offset_s + step * common * error_s)
+_STEP = 0.1  # how fast what is spent beside passes is followed
+_OUTLIER = 2.0  # what took this many times what was expected was disturbed, and counts as if it took this much
 
 
 def best_number(
@@ -88,7 +24,7 @@ def best_number(
     num_requests: int,
     cost: Callable[[np.ndarray], np.ndarray],
     drafting_s: float = 0.0,
-    drafts_s: float = 0.0,
+    drafts_s: np.ndarray | float = 0.0,
 ) -> tuple[int, float]:
     """How many nodes to verify, and the tokens per second to expect then.
 
@@ -97,11 +33,12 @@ def best_number(
         num_requests: in the pass; each has one token that is no draft and emits one more than it accepts.
         cost: seconds of a target pass by tokens in it.
         drafting_s: what drafting cost; it is spent whatever is verified.
-        drafts_s: what a pass with any draft takes besides.
+        drafts_s: what a pass with the first 1, 2, ... nodes takes besides, for their being drafts: [num_nodes].
     """
     num_nodes = np.arange(len(probabilities) + 1)
     expected = num_requests + np.concatenate([[0.0], np.cumsum(probabilities)])
-    rates = expected / (cost(num_requests + num_nodes) + drafting_s + drafts_s * (num_nodes > 0))
+    besides = np.concatenate([[0.0], np.broadcast_to(drafts_s, len(probabilities))])
+    rates = expected / (cost(num_requests + num_nodes) + drafting_s + besides)
     best = int(rates.argmax())
     return best, float(rates[best])
 
@@ -137,8 +74,6 @@ class Budget:
     _SMALL_GAIN, _TRIAL, _PLAIN_EVERY = 1.15, 32, 16
     _PLAIN_AT_LEAST_EVERY = 256  # whatever the gain: it may be wrong
     _PAYS_BACK_IN = 64  # steps, after which it must have paid that the head has caught up with a request
-    _FORGETS = 0.002  # what of the drafts' cost a pass without any takes away
-    _FRESH = 16.0  # passes with drafts since the last one without, after which half of what is unexpected is due to the machine
 
     def __init__(
         self,
@@ -151,7 +86,6 @@ class Budget:
         self.target, self.head, self._committed = target, head, committed or head
         self.calibration = Calibration()
         self.first_s = 0.0  # of drafting, what is spent beside the head's passes, however few levels are drafted
-        self.drafts_s = 0.0  # what a target pass takes longer than one of as many tokens without drafts: their attention, the walk
         self.outside_s = 0.0  # of a step: scheduler, sampling's bookkeeping, transport
         self._depth_limit = depth_limit
         # [depth - 1, i] probability of the i-th best nodes of all requests together, of those not deeper than `depth`; a cell for
@@ -165,7 +99,6 @@ class Budget:
         self._inner = np.full(depth_limit, float(num_draft_tokens))  # [depth - 1] nodes per request of that depth with children
         self._steps_since_probe, self._probe_every = 0, self._PROBE_EVERY
         self._prompt_share, self._prompt_tokens = 0.0, 0.0  # of passes that hold prompts, and how much of them these hold
-        self._passes_since_plain = math.inf  # passes with drafts
         self._steps_since_plain, self._plain_for = 0, 0  # steps since nothing was drafted, and for how many requests that was
         self._share = 1.0  # of the requests that do draft where drafting is planned
         self._gain = 1.0  # how many times plain decoding's tokens per second drafting promises
@@ -232,7 +165,8 @@ class Budget:
         drafting = self._share * num_requests
         levels_s = self._levels_s(drafting)
         nodes = np.arange(self._profile.shape[1] + 1) / self._PER_NODE
-        seconds = self._decoding_s(num_requests + drafting * nodes) + self.outside_s + self.drafts_s * (nodes > 0)
+        drafts_s = self.target.drafts_s(drafting * np.minimum(nodes, 1.0))
+        seconds = self._decoding_s(num_requests + drafting * nodes) + self.outside_s + drafts_s
         accepted = np.concatenate([np.zeros((self._depth_limit, 1)), self._expected().cumsum(1) / self._PER_NODE], 1)
         expected = num_requests + drafting * accepted
         # The head runs over what the target commits before it drafts.
@@ -261,13 +195,14 @@ class Budget:
         if is_probe or self._seen[drafted_depth - 1] < 1 / self._FADE or self._keeps % self._LOOK_EVERY == 0:
             self._learn(self.calibration.lasting(padded), levels, drafted_depth, self._PROBE_FADE if is_probe else self._FADE)
         if not is_probe:
-            self._share += _FAST_STEP * (len(scores) / num_requests - self._share)
+            self._share += _STEP * (len(scores) / num_requests - self._share)
         # A stable sort keeps a parent ahead of a child that is as probable.
         order = np.argsort(-probabilities, axis=None, kind="stable")
         order = order[np.isfinite(padded).ravel()[order]]
         drafting_s = float(self._committed(np.array(len(scores))) + self._levels_s(len(scores))[drafted_depth - 1])
         # A probe is to find out what drafts cost in the target's pass; if it believed that they do not pay, it never would.
-        drafts_s = 0.0 if is_probe else self.drafts_s
+        # The first column has the best node of each tree, with which it begins.
+        drafts_s = 0.0 if is_probe else self.target.drafts_s((order % most == 0).cumsum())
         spent_s = self.outside_s + self.first_s + drafting_s
         number, _ = best_number(probabilities.ravel()[order], num_requests, self._decoding_s, spent_s, drafts_s)
         counts: list[int] = np.bincount(order[:number] // most, minlength=len(scores)).tolist()
@@ -287,7 +222,7 @@ class Budget:
         """A target pass held so many tokens of prompts, or none."""
         self._prompt_share += self._PROMPT_FADE * ((num_tokens > 0) - self._prompt_share)
         if num_tokens:
-            self._prompt_tokens += (_FAST_STEP if self._prompt_tokens else 1.0) * (num_tokens - self._prompt_tokens)
+            self._prompt_tokens += (_STEP if self._prompt_tokens else 1.0) * (num_tokens - self._prompt_tokens)
 
     def _decoding_s(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds that so many tokens of decoding take: a pass, or, beside a prompt, what they add to it.
@@ -300,21 +235,11 @@ class Budget:
         beside_s = self.target(self._prompt_tokens + tokens) - self.target(np.array(self._prompt_tokens))
         return (1 - self._prompt_share) * self.target(tokens) + self._prompt_share * beside_s
 
-    def saw_pass(self, seconds: float, num_tokens: int, has_drafts: bool) -> None:
-        """A target pass over so many tokens, without prompts, took `seconds`."""
-        if not has_drafts:
+    def saw_pass(self, seconds: float, num_tokens: int, num_trees: int) -> None:
+        """A target pass over so many tokens, without prompts, took `seconds`; so many requests had drafts in it."""
+        if not num_trees:
             self.calibration.saw_none()
-            self._passes_since_plain = 0
-            self.drafts_s *= 1 - self._FORGETS  # may be out of date: then drafts are tried again
-            self.target.correct(num_tokens, seconds)
-            return
-        # Right after passes without drafts, what was not expected is due to the drafts; long after, to the machine.
-        fresh = 0.5 ** (self._passes_since_plain / self._FRESH)
-        self._passes_since_plain += 1
-        pass_s = float(self.target(np.array(num_tokens)))
-        error_s = min(seconds, _OUTLIER * (pass_s + self.drafts_s)) - pass_s
-        self.target.correct(num_tokens, max(seconds - self.drafts_s, 1e-9), 1 - fresh)
-        self.drafts_s = max(0.0, self.drafts_s + _FAST_STEP * fresh * (error_s - self.drafts_s))
+        self.target.correct(num_tokens, seconds, num_trees)
 
     def saw_drafting(
         self, first_s: float, first_rows: int, levels_s: float, num_requests: int, rows: Sequence[int], depth: int
@@ -323,7 +248,7 @@ class Budget:
         tokens, then `levels_s`, in which it ran over `rows` nodes, level by level; `depth` levels were allowed.
         """
         head_s = float(self._committed(np.array(first_rows)))
-        self.first_s += _FAST_STEP * (min(max(first_s - head_s, 0.0), _OUTLIER * (self.first_s + head_s)) - self.first_s)
+        self.first_s += _STEP * (min(max(first_s - head_s, 0.0), _OUTLIER * (self.first_s + head_s)) - self.first_s)
         self._runs[1:depth] += self._FADE * ((np.arange(1, depth) <= len(rows)) - self._runs[1:depth])
         if not rows or levels_s <= 0:
             return

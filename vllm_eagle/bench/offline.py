@@ -29,11 +29,18 @@ class Generated:
     next_token_s: list[float] = field(default_factory=list)  # per answer, mean over its tokens after the first
     num_tokens: int | None = None  # where token ids are not known
     gaps_s: list[float] = field(default_factory=list)  # between outputs of an answer, of all answers; each may hold several tokens
+    busy: tuple[float, float] | None = None  # tokens and seconds while nobody had run out of questions; None: all
 
     @property
     def tokens(self) -> int:
         """All output tokens."""
         return sum(map(len, self.token_ids)) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While as many as asked at once were answered: at the end there are fewer, and the more so the less they keep step."""
+        tokens, seconds = self.busy or (self.tokens, self.seconds)
+        return tokens / seconds
 
     @property
     def answers(self) -> list[tuple[list[int], str]]:

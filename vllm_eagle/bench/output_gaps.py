@@ -1,4 +1,4 @@
-"""Time between the outputs of a request, as an engine's own statistics have it.
+"""Tokens so far, and the time between the outputs of a request, as an engine's own statistics have it.
 
 A draft tree's tokens come in groups, one per target pass, so a stream waits between outputs, not between tokens. vLLM measures each
 gap anyway; to ask it for an output per step instead would cost time in every step, and most where there are most of them.
@@ -19,7 +19,8 @@ class OutputGaps(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is unty
     """Keeps what the engine reports after each step."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.num_tokens = 0
+        self.seconds: list[float] = []  # between outputs of each request, step after step
 
     def record(
         self,
@@ -30,6 +31,7 @@ class OutputGaps(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is unty
     ) -> None:
         """One step; the first output of a request has none before it, and so no gap."""
         if iteration_stats is not None:
+            self.num_tokens += iteration_stats.num_generation_tokens
             self.seconds += iteration_stats.inter_token_latencies_iter
 
     def log_engine_initialized(self) -> None:
@@ -37,8 +39,8 @@ class OutputGaps(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is unty
 
 
 @contextmanager
-def output_gaps(llm: "LLM") -> Iterator[list[float]]:
-    """Seconds between outputs of each request while the context lasts, step after step; the list grows.
+def output_gaps(llm: "LLM") -> Iterator[OutputGaps]:
+    """What the engine reports while the context lasts; it grows.
 
     Args:
         llm: with `disable_log_stats=False`.
@@ -47,6 +49,6 @@ def output_gaps(llm: "LLM") -> Iterator[list[float]]:
     gaps = OutputGaps()
     loggers.append(gaps)
     try:
-        yield gaps.seconds
+        yield gaps
     finally:
         loggers.remove(gaps)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_eagle.budget import Budget, CostCurve, Plan
+from vllm_eagle.budget import Budget, Plan
+from vllm_eagle.cost_curve import CostCurve
 from vllm_eagle.tree import node_depths
 
 RECORDED = Path(__file__).with_name("results") / "trees.json"
@@ -95,6 +96,7 @@ def with_budget(
     hidden_tree_s: float = 0.0,
     noise: float = 0.0,
     goes_on: Sequence[float] | None = None,
+    slowness: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Tokens per second, nodes per request and levels, after the budget has learned.
 
@@ -109,6 +111,7 @@ def with_budget(
         hidden_tree_s: and for each tree in it.
         noise: standard deviation of the logarithm of what passes take, as the budget sees it.
         goes_on: probability, step by step, that a walk does where the recorded one did; None: always.
+        slowness: how many times as long everything takes, step by step, as the budget sees it; None: once.
     """
     # Its own curves: it corrects them.
     budget = Budget(_copy(target), _copy(head), num_draft_tokens, depth_limit)
@@ -130,7 +133,7 @@ def with_budget(
         drawn = [trees[order[(step * number + i) % len(trees)]] for i in drafting]
         kept, drafting_s, emitted = [0] * len(drawn), 0.0, np.zeros(most, np.int64)
         emitted[:number] = 1
-        seen_s = generator.lognormal(sigma=noise) if noise else 1.0
+        seen_s = (generator.lognormal(sigma=noise) if noise else 1.0) * (1.0 if slowness is None else slowness[step])
         if drawn:
             rows: list[int] = []
             while 1 + len(rows) < plan.depth:
@@ -162,7 +165,7 @@ def with_budget(
         pass_s = float(target(np.array(number + sum(kept))))
         if sum(kept):
             pass_s += hidden_s + hidden_tree_s * np.count_nonzero(kept)
-        budget.saw_pass(pass_s * seen_s, number + sum(kept), sum(kept) > 0)
+        budget.saw_pass(pass_s * seen_s, number + sum(kept), int(np.count_nonzero(kept)))
         tokens += emitted.sum()
         seconds += drafting_s + pass_s
         nodes += sum(kept) / number

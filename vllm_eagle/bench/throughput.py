@@ -200,17 +200,22 @@ def order(names: list[str], turn: int) -> list[str]:
 
 def _asks(settings: Settings, prompts: list[list[int]], number: int, turn: int) -> list[Ask]:
     """What so many users ask in a round; every round asks others, as long as there are others."""
-    # A few users ask four times, many about twice: the end of a round, when the first have no more to ask, should weigh little.
+    # A few users ask four times, many about twice.
     count = max(_FEWEST, min(4 * number, 2 * number + 16))
-    numbers = range(turn * count, (turn + 1) * count)
-    return [Ask(prompts[i % len(prompts)], settings.temperature, settings.seed + i, settings.max_tokens) for i in numbers]
+    # First answers end after each other: users of a server are not in step. If they all began at once, plain decoding would keep
+    # them so, and compute all prompts of its next answers in one pass.
+    lengths = [-(-settings.max_tokens * min(i + 1, number) // number) for i in range(count)]
+    return [
+        Ask(prompts[i % len(prompts)], settings.temperature, settings.seed + i, max(2, length))
+        for i, length in enumerate(lengths, turn * count)
+    ]
 
 
 def _summary(rounds: Sequence[dict[str, Generated]], name: str) -> dict[str, Any]:
     """Medians over the rounds of one variant."""
     mine, plain = [each[name] for each in rounds], [each[PLAIN] for each in rounds]
-    rates = [found.tokens / found.seconds for found in mine]
-    ratios = [rate / (base.tokens / base.seconds) for rate, base in zip(rates, plain, strict=True)]
+    rates = [found.tokens_per_s for found in mine]
+    ratios = [rate / base.tokens_per_s for rate, base in zip(rates, plain, strict=True)]
     pairs = [pair for found, base in zip(mine, plain, strict=True) for pair in zip(found.answers, base.answers, strict=True)]
     following = _milliseconds([x for found in mine for x in found.next_token_s])
     gaps = [gap for found in mine for gap in found.gaps_s]

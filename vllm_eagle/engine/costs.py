@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from vllm.logger import init_logger
 
-from vllm_eagle.budget import CostCurve
+from vllm_eagle.cost_curve import CostCurve
 from vllm_eagle.metrics import STAGES, TreeMetrics
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines

@@ -112,8 +112,8 @@ class DraftPlanning(GPUModelRunner):
         num_tokens, req_ids = scheduler_output.num_scheduled_tokens, self.input_batch.req_ids
         self.budget.saw_prompts(sum(num_tokens[req_ids[row]] for row in self._prompt_rows))
         if not self._prompt_rows:
-            has_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
-            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, has_drafts)
+            num_trees = len(scheduler_output.scheduled_spec_decode_tokens)
+            self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, num_trees)
         if (drafter := self.drafter).num_drafting:
             depth = self._drafting.depth
             if self._fixed_width:  # the host only launches the first pass, and waits for everything later
