@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_eagle.calibration import Calibration
-from vllm_eagle.cost_curve import CostCurve
+from vllm_eagle.cost_curve import REMEMBERED, CostCurve
 
 _STEP = 0.1  # how fast what is spent beside passes is followed
 _OUTLIER = 2.0  # what took this many times what was expected was disturbed, and counts as if it took this much
@@ -239,6 +239,7 @@ class Budget:
         """A target pass over so many tokens, without prompts, took `seconds`; so many requests had drafts in it."""
         if not num_trees:
             self.calibration.saw_none()
+            self.first_s *= REMEMBERED
         self.target.correct(num_tokens, seconds, num_trees)
 
     def saw_drafting(

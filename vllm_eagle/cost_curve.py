@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _KEPT = 0.999  # of what is uncertain, after another pass: what is not seen for long is not entirely forgotten
-_REMEMBERED = 0.999  # of what drafts take, after a pass without any: it may be out of date, and then drafts are to be tried again
+REMEMBERED = 0.999  # of what drafts cost, after a pass without any: it may be out of date, and then they are to be tried again
 _NOISE = 0.1  # of a pass, that says nothing about the next one
 _OUTLIER = 2.0  # a pass that took this many times what was expected was disturbed, and counts as if it took this much
 _LEAST = 0.01  # of what was measured at start
@@ -88,7 +88,7 @@ class CostCurve:
         if seconds <= 0:
             return  # the clock was set back
         if not num_trees:
-            self._state[-2:] *= _REMEMBERED
+            self._state[-2:] *= REMEMBERED
         self._covariance = _KEPT * self._covariance + _PER_PASS.covariance(self._state[:-2])
         seen = np.append(self._weights(tokens), [float(num_trees > 0), float(num_trees)])
         expected = max(float(seen @ self._state), float(self._least[0]))

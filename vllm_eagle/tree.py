@@ -56,7 +56,7 @@ class DraftTree:
     @property
     def is_chain(self) -> bool:
         """Whether every node has one child at most: then slots go by position and causal attention is the tree's own."""
-        return bool((self.parents[1:] == np.arange(self.num_nodes - 1)).all())
+        return self.num_nodes < 3 or bool((self.parents[1:] == np.arange(self.num_nodes - 1)).all())
 
     @property
     def draft_token_ids(self) -> list[int]:
@@ -81,6 +81,8 @@ class DraftTree:
 
     def child(self, node: int, token_id: int) -> int | None:
         """The child of `node` that carries `token_id`; siblings hold distinct tokens, so there is at most one."""
+        if node + 1 == self.num_nodes:
+            return None
         matches = np.flatnonzero((self.parents[node + 1 :] == node) & (self.token_ids[node + 1 :] == token_id))
         return int(matches[0]) + node + 1 if len(matches) else None
 

@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,7 +21,7 @@ from vllm_eagle.bench import sustained
 from vllm_eagle.bench.offline import Generated, engine
 from vllm_eagle.bench.sustained import Answer, Ask
 
-_PR_SET_PDEATHSIG = 1  # prctl(2), of Linux
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _stack = ExitStack()
 _engines: list[Any] = []  # of this process: one
 
@@ -43,8 +44,9 @@ def engine_apart(model: str, arguments: dict[str, Any]) -> Iterator[tuple[Answer
 
 
 def _end_with_parent() -> None:
-    """Should the caller be killed, its engines end, too, even stopped ones."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Should the caller be killed, its engines end, too, even stopped ones. Only Linux has that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal(number: int, which: signal.Signals) -> None:

@@ -4,6 +4,7 @@ The budget (vllm_eagle/budget.py) decides by costs, which are measured at start-
 here, the emitted tokens are the same.
 """
 
+from collections import Counter
 from functools import partial
 
 from vllm.logger import init_logger
@@ -17,7 +18,7 @@ from vllm_eagle.engine import costs
 from vllm_eagle.engine.costs import StepClock
 from vllm_eagle.engine.grammar import TreeGrammars
 from vllm_eagle.engine.proposer import DraftPlan, EagleTreeProposer
-from vllm_eagle.metrics import TreeMetrics
+from vllm_eagle.metrics import Decision, TreeMetrics
 from vllm_eagle.per_request import RequestOptions
 from vllm_eagle.tree import DraftTree, depths_of, inner_nodes
 
@@ -143,6 +144,7 @@ class DraftPlanning(GPUModelRunner):
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""
         requests: dict[int, Request] = {}
+        decisions: Counter[Decision] = Counter()
         room_for = self.most_level_rows // self.tree_config.level_width
         most_requests = min(room_for, self._drafting.most_requests or room_for)
         rows = list(enumerate(self.input_batch.req_ids))
@@ -154,17 +156,17 @@ class DraftPlanning(GPUModelRunner):
             options = self._options[req_id]
             room = self._room(row, most_draft_tokens)
             if options.num_draft_tokens == 0:
-                self.tree_metrics.count_decision("switched_off")
+                decisions["switched_off"] += 1
             elif room <= 0:
-                self.tree_metrics.count_decision("no_room")
+                decisions["no_room"] += 1
             elif len(requests) == most_requests:
-                self.tree_metrics.count_decision("buffer_full" if most_requests == room_for else "budget")
+                decisions["buffer_full" if most_requests == room_for else "budget"] += 1
             elif not self._grammars.ready(req_id):
-                self.tree_metrics.count_decision("grammar")
+                decisions["grammar"] += 1
             elif self._drafting.depth == 0 or self.drafter.missed(req_id) > self._drafting.most_missed:
-                self.tree_metrics.count_decision("budget")
+                decisions["budget"] += 1
             elif self.drafter.is_lost(req_id):
-                self.tree_metrics.count_decision("left_behind")
+                decisions["left_behind"] += 1
             else:
                 params = self.requests[req_id].sampling_params
                 num_tokens = int(self.input_batch.num_tokens_no_spec[row])
@@ -175,6 +177,8 @@ class DraftPlanning(GPUModelRunner):
                     max_depth=min(options.max_depth, self._drafting.depth),
                     topk=1 if self._grammars.drafts_chain(req_id) else options.topk,
                 )
+        for decision, number in decisions.items():
+            self.tree_metrics.count_decision(decision, number)
         return dict(sorted(requests.items()))
 
     def _room(self, row: int, most_draft_tokens: int) -> int:

@@ -40,6 +40,8 @@ from vllm_eagle.per_request import RequestOptions
 from vllm_eagle.tree import DraftTree
 from vllm_eagle.verify import TreeBatch, lay_out
 
+_NOTHING_DRAFTED = DraftTree.root_only(PADDING)
+
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 
@@ -116,19 +118,16 @@ class EagleTreeRunner(DraftPlanning):
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        logits_indices, metadata, most_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         for req_id in self.input_batch.req_ids:
             if req_id not in self._options:
                 self._welcome(req_id)
         ends = np.cumsum(num_scheduled_tokens)
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         self._scheduled = [self._scheduled_tree(req_id, scheduled.get(req_id, [])) for req_id in self.input_batch.req_ids]
-        computed, in_prompt = self.input_batch.num_computed_tokens_cpu, self.input_batch.num_prompt_tokens
-        self._prompt_rows = [
-            row
-            for row, tree in enumerate(self._scheduled)
-            if num_scheduled_tokens[row] > tree.num_nodes or computed[row] < in_prompt[row]
-        ]
+        num_reqs, num_nodes = self.input_batch.num_reqs, np.array([tree.num_nodes for tree in self._scheduled])
+        is_prompt = self.input_batch.num_computed_tokens_cpu[:num_reqs] < self.input_batch.num_prompt_tokens[:num_reqs]
+        self._prompt_rows = np.flatnonzero(is_prompt | (num_scheduled_tokens > num_nodes)).tolist()
         # A chain, and a root alone, is what vLLM expects: its own kernel, positions and slots are right as they are.
         with_tree = [row for row, tree in enumerate(self._scheduled) if not tree.is_chain]
         self._tree_batch = None
@@ -144,7 +143,8 @@ class EagleTreeRunner(DraftPlanning):
             rows = async_tensor_h2d(self._tree_batch.rows, device=self.device)
             self.positions[rows] = async_tensor_h2d(self._tree_batch.positions, device=self.device, dtype=self.positions.dtype)
         self._own_noise_streams()
-        return prepared
+        # Without drafts it says nothing, and vLLM would copy all inputs for the head row by row.
+        return logits_indices, metadata if scheduled else None, most_sampled
 
     def _welcome(self, req_id: str) -> None:
         state = self.requests[req_id]
@@ -154,7 +154,7 @@ class EagleTreeRunner(DraftPlanning):
     def _scheduled_tree(self, req_id: str, token_ids: list[int]) -> DraftTree:
         """The tree behind the draft tokens that the scheduler scheduled for a request."""
         if not token_ids:
-            return DraftTree.root_only(PADDING)
+            return _NOTHING_DRAFTED
         if token_ids[0] == PADDING:  # vLLM pads a new request to the size of running ones; such nodes match nothing
             return DraftTree.chain([PADDING, *token_ids])
         stored = self._stored.get(req_id)
