@@ -1,7 +1,8 @@
 """EAGLE draft trees for stock vLLM. One step, and where it is written:
 
     draft    grow a tree per request with the EAGLE head              draft.py, shapes.py, noise.py; engine/proposer.py
-             as deep, and keep as much of it, as pays                 budget.py, cost_curve.py; engine/planning.py
+             as deep, and keep as much of it, as pays                 budget.py, cost_curve.py, calibration.py;
+                                                                      engine/planning.py, costs.py, backlog.py
     verify   one target pass over all nodes of all requests           verify.py; attention/; engine/runner.py
     accept   sample along the tree with vLLM's sampler, keep the path accept.py; engine/scorer.py
     compact  move the path's keys and values to their own slots       compact.py; engine/runner.py
