@@ -266,17 +266,17 @@ def test_what_comes_after_the_last_question_was_answered_by_somebody_does_not_co
 
 @pytest.mark.parametrize("http", [False, True], ids=["offline", "http"])
 def test_measured(http: bool) -> None:
-    """Engines in processes of their own, on a model for which times mean nothing; answers do."""
-    chosen = settings(max_tokens=20, concurrency=(3,), rounds=2, temperature=1.0, only=["trees"], http=http, enforce_eager=True)
+    """Engines in processes of their own, on a model for which times mean nothing; answers do. No budget: it goes by times."""
+    chosen = settings(max_tokens=20, concurrency=(3,), rounds=2, temperature=1.0, only=["fixed"], http=http, enforce_eager=True)
     prompts = [list(range(10 + i, 40 + i)) for i in range(8)]
     saved: list[list[str]] = []
     result = measure(chosen, prompts, variants(chosen), lambda found: saved.append(list(found["concurrency"])))
     assert saved == [["3"]]  # a run that is cut short leaves what it has
-    found = result["concurrency"]["3"]["trees"]
+    found = result["concurrency"]["3"]["fixed"]
     assert (found["identical"], found["answers"]) == (24, 24)
     assert found["tau"] > 1.0
     assert found["tokens_per_s"] > 0
-    assert result["host_mib"]["trees"] > 100
+    assert result["host_mib"]["fixed"] > 100
     # Half of the answers have a gap at least as long as what a token of the median answer takes, and that is more than 1 in 100.
     assert found["gap_ms"]["p99"] >= found["next_token_ms"]["p50"] > 0
     assert result["concurrency"]["3"][PLAIN]["gap_ms"]["p50"] > 0
