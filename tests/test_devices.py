@@ -234,8 +234,8 @@ def test_profiling_holds_the_logits_of_all_nodes(monkeypatch: pytest.MonkeyPatch
         compute_logits = runner.model.compute_logits
         monkeypatch.setattr(runner.model, "compute_logits", lambda hidden: [rows.append(len(hidden)), compute_logits(hidden)][1])
         hidden_states = torch.zeros(4, runner.model_config.get_hidden_size())
-        assert runner._dummy_sampler_run(hidden_states).sampled_token_ids.shape == (4, 1)
-    assert rows == [64, 4]
+        assert runner._dummy_sampler_run(hidden_states).sampled_token_ids.shape == (17, 1)
+    assert rows == [64, 17]  # the sampler is given the nodes of one tree at once, or a row of each request
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")

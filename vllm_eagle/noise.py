@@ -14,11 +14,16 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _MAX_SEED = 2**31
 
 
+def draw_seed(generator: torch.Generator) -> torch.Tensor:  # [1] int64
+    """What vLLM's CPU sampler draws from a request's generator for one position."""
+    return torch.randint(0, _MAX_SEED, (1,), generator=generator, dtype=torch.long)
+
+
 def peek_seeds(generator: torch.Generator, num_positions: int) -> torch.Tensor:  # [num_positions] int64
     """The seeds that vLLM's CPU sampler will draw from `generator` for the coming positions; consumes none."""
     state = generator.get_state()
     # One draw per position: a draw of several numbers at once need not continue the stream in the same way.
-    seeds = [torch.randint(0, _MAX_SEED, (1,), generator=generator, dtype=torch.long) for _ in range(num_positions)]
+    seeds = [draw_seed(generator) for _ in range(num_positions)]
     generator.set_state(state)
     return torch.cat(seeds)
 

@@ -150,7 +150,7 @@ def measure(
             "concurrency": {},
             "settings": asdict(settings) | shown,
             "cores": os.cpu_count(),
-            "machine": torch.cuda.get_device_name() if on_gpu else _cpu(),
+            "machine": torch.cuda.get_device_name() if on_gpu else cpu(),
             "versions": {
                 "vllm-eagle": version("vllm-eagle"),
                 "vllm": vllm.__version__,
@@ -172,7 +172,7 @@ def measure(
     return result
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """Its name, and what of it decides how many tokens a pass holds for nothing."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     found = dict(line.split(":", 1) for line in lines if ":" in line)

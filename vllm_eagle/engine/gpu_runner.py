@@ -4,15 +4,15 @@ The target and the head run as CUDA graphs between attention layers (`PIECEWISE`
 the trees. What a step sends to the GPU goes from pinned memory without waiting, but for what is named here. In a step with trees of
 depth d the host waits for the GPU
 
-- once for the sampled tokens if all requests are plainly greedy, else once per depth of the longest walk, since only then is the
-  next node known (scorer.py); three times more for logprobs;
+- once for the sampled tokens if all nodes are sampled after at once (scorer.py: temperature, top-k and top-p alone), else once per
+  depth of the longest walk, since only then is the next node known; three times more for logprobs;
 - once to read the finished trees, which the scheduler needs: levels are drafted in widths and to a depth that are known before them
   (draft.py), so nothing is asked in between;
 - twice per level if a grammar constrains a request that drafts.
 
-So twice where all is greedy, and up to d times more where requests sample; tests/test_draft.py holds that growth reads nothing, the
-rest was read, not run. Besides, every sampled request costs a launch per level for its coming
-noise (noise_rows.py), as it costs vLLM one per sampled token.
+So twice in general, and up to d times more where a request has penalties, logprobs or a grammar; tests/test_draft.py holds that
+growth reads nothing, the rest was read, not run. Besides, every sampled request costs a launch per level for its coming noise
+(noise_rows.py) and one per node and depth when it is used (node_noise.py), as it costs vLLM one per sampled token.
 
 What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
 
@@ -157,8 +157,8 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
 
         vLLM takes one row of logits per request, [num_reqs, vocab]. A step with trees has one per node of all trees,
         [most_nodes, vocab] in the model's type, until it ends; on top of them in turn their copy in float32, where all requests
-        are greedy, what vLLM's sampler makes of a row per request, and what ranking the widest level of drafts takes. The
-        features that wait for the head (`BACKLOG_BYTES`) are counted in, too.
+        are greedy, what vLLM's sampler makes of as many rows as it is given at once, and what ranking the widest level of drafts
+        takes. The features that wait for the head (`BACKLOG_BYTES`) are counted in, too.
         """
         vocab_size = self.model_config.get_vocab_size()
         backlog = torch.empty(BACKLOG_BYTES, dtype=torch.uint8, device=self.device)
@@ -166,7 +166,8 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
         # With adapters, logits want a real batch.
         logits = self.model.compute_logits(features) if self.lora_config is None else features.new_zeros(len(features), vocab_size)
         Sampler.greedy_sample(logits.to(torch.float32))
-        sampled = super()._dummy_sampler_run(hidden_states)
+        rows = hidden_states.new_zeros(max(len(hidden_states), self.most_sampled_rows), hidden_states.shape[-1])
+        sampled = super()._dummy_sampler_run(rows)
         level = torch.empty(self.most_level_rows * vocab_size, _BYTES_PER_DRAFT_LOGIT, dtype=torch.uint8, device=self.device)
         del backlog, logits, level
         return sampled

@@ -48,6 +48,11 @@ class DraftPlanning(GPUModelRunner):
         return min(self.max_num_tokens, self.max_num_reqs * (1 + self.tree_config.num_draft_tokens))
 
     @property
+    def most_sampled_rows(self) -> int:
+        """Rows that the sampler draws noise for in one call: one of each request, as in plain decoding, or a tree's."""
+        return max(self.max_num_reqs, 1 + self.tree_config.num_draft_tokens)
+
+    @property
     def most_level_rows(self) -> int:
         """Nodes of a level of all trees: it must fit vLLM's input buffers, and the level's logits must fit the memory."""
         return min(self.max_num_tokens, _MOST_LEVEL_ROWS, self.max_num_reqs * self.tree_config.level_width)

@@ -67,7 +67,7 @@ class EagleTreeRunner(DraftPlanning):
         self.budget = None
         self._clock = StepClock(metrics)
         self._drafting = Plan(0)
-        self.scorer = EagleTreeScorer(self.sampler)
+        self.scorer = EagleTreeScorer(self.sampler, self.most_sampled_rows)
         self.drafter = EagleTreeProposer(
             self.vllm_config,
             self.device,

@@ -3,38 +3,42 @@
 The target pass gave one row of logits per node. Depth by depth, the rows of the nodes where the walks stand go through vLLM's
 `Sampler` as one batch with one row per request, exactly the call that plain decoding makes for that position: the same sampling
 metadata, penalties over the output so far, logits processors, and the next noise of the request's generator. Nothing is
-approximated or handled twice, so whatever the sampler knows is exact under trees. Where it would do nothing but take the greatest
-logit of each row, one call takes those of all nodes.
+approximated or handled twice, so whatever the sampler knows is exact under trees.
 
-Sampled rows cannot go through it all at once, on no device: it draws the noise of a row from the request's generator (a number on
-CPU, a row of numbers on a GPU), so every row would use up noise, and all nodes of one depth must see the same.
+Where it looks at nothing but a row, its request's temperature, top-k and top-p, and its noise, one call samples after all nodes,
+and the walk looks up what was sampled. The sampler draws the noise of a row from a generator, so each node is given one of its own,
+in the state that belongs to its depth (node_noise.py). On a GPU that saves waiting after every depth. On a CPU it is done for
+greedy requests: noise and filters for nodes off the way cost more there than the calls that are saved.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_eagle.accept import Walk, accept
 from vllm_eagle.engine.grammar import MaskAfter, apply_masks
-from vllm_eagle.tree import DraftTree
+from vllm_eagle.node_noise import Draw, node_generators
+from vllm_eagle.noise import draw_seed
+from vllm_eagle.tree import DraftTree, depths_of
 
 PADDING = -1  # what vLLM ignores in a row of sampled tokens
-# In one call for all nodes on CPU; with more, calls for the nodes on the way alone cost less. On a GPU it is the other way round:
-# every call is waited for.
-_MOST_SCORES = 1 << 20
+_MOST_SCORES = 1 << 20  # in one call for all nodes on CPU; with more, calls for the nodes on the way alone cost less
 
 
 class EagleTreeScorer:
     """Turns logits of tree nodes into emitted tokens."""
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: Sampler, most_rows: int):
+        """`most_rows`: for so many rows at once there is memory to draw noise and sort logits."""
         self._sampler = sampler
+        self._most_rows = most_rows
 
     def score(
         self,
@@ -53,8 +57,8 @@ class EagleTreeScorer:
             sampled_token_ids [num_reqs, longest walk] int32, padded with -1, on the host, and logprobs of the same rows if asked
             for; and the walks.
         """
-        if not grammars and (not logits.is_cpu or logits.numel() <= _MOST_SCORES) and is_argmax(metadata):
-            return self._score_at_once(logits, trees, metadata)
+        if not grammars and is_row_wise(metadata) and self._at_once_is_cheap(logits, metadata.all_greedy):
+            return self._score_at_once(logits, trees, metadata, discarded)
         walks = [Walk(tree) for tree in trees]
         first_rows = torch.tensor([0, *(tree.num_nodes for tree in trees)]).cumsum(0)[:-1]
         logprobs: list[LogprobsTensors] = []
@@ -92,24 +96,54 @@ class EagleTreeScorer:
                 del output[-len(walk.path) :]  # vLLM's bookkeeping appends the emitted tokens itself
         return SamplerOutput(_stack_tokens(walks), _stack_logprobs(logprobs)), walks
 
+    def _at_once_is_cheap(self, logits: torch.Tensor, greedy: bool) -> bool:
+        """Also in memory."""
+        if logits.is_cpu:
+            return greedy and logits.numel() <= _MOST_SCORES
+        return greedy or len(logits) <= self._most_rows
+
     def _score_at_once(
-        self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata
+        self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata, discarded: set[int]
     ) -> tuple[SamplerOutput, list[Walk]]:
-        out = self._sampler(logits=logits, sampling_metadata=replace(metadata, spec_token_ids=None))
+        starts = np.cumsum([0, *(tree.num_nodes for tree in trees)]).tolist()
+        drawing = {} if metadata.all_greedy else {i: g for i, g in metadata.generators.items() if i not in discarded}
+        own: dict[int, torch.Generator] = {}  # by row of logits
+        if drawing:
+            draw = self._draw(logits)
+            for (i, generator), depths in zip(drawing.items(), depths_of([trees[i] for i in drawing]), strict=True):
+                own |= dict(enumerate(node_generators(generator, depths.tolist(), draw), starts[i]))
+        out = self._sampler(logits=logits, sampling_metadata=replace(_per_node(metadata, trees), generators=own))
         sampled = out.sampled_token_ids[:, 0].tolist()
-        walks, start = [], 0
-        for tree in trees:
-            walks.append(accept(tree, sampled[start : start + tree.num_nodes]))
-            start += tree.num_nodes
+        walks = [accept(tree, sampled[start:end]) for tree, start, end in zip(trees, starts, starts[1:], strict=False)]
+        for i, generator in drawing.items():
+            generator.set_state(own[starts[i] + walks[i].node].get_state())
         return SamplerOutput(_stack_tokens(walks), None), walks
 
+    def _draw(self, logits: torch.Tensor) -> Draw:
+        """What the sampler draws for a row of noise: on CPU the seed of a hash (noise.py), else the row (noise_rows.py)."""
+        exact: bool = self._sampler.use_fp64_gumbel
+        if logits.is_cpu and not exact:
+            return draw_seed
+        row = torch.empty(logits.shape[-1], dtype=torch.float64 if exact else torch.float32, device=logits.device)
+        return lambda generator: row.exponential_(generator=generator)
 
-def is_argmax(metadata: SamplingMetadata) -> bool:
-    """Whether vLLM's sampler takes the greatest logit of every row and does nothing else: plain greedy requests."""
+
+def _per_node(metadata: SamplingMetadata, trees: Sequence[DraftTree]) -> SamplingMetadata:
+    """What a node's row needs of its request's, where all nodes are sampled after at once."""
+    found = replace(metadata, spec_token_ids=None)
+    if metadata.all_greedy:
+        return found
+    device = metadata.temperature.device
+    request = async_tensor_h2d(np.repeat(np.arange(len(trees)), [tree.num_nodes for tree in trees]), device=device)
+    per_request = {name: getattr(metadata, name) for name in ("temperature", "top_k", "top_p")}
+    return replace(found, **{name: values[request] for name, values in per_request.items() if values is not None})
+
+
+def is_row_wise(metadata: SamplingMetadata) -> bool:
+    """Whether vLLM's sampler looks at nothing but a row of logits, its request's temperature, top-k and top-p, and its noise."""
     thinking = metadata.thinking_budget_state_holder
     return (
-        metadata.all_greedy
-        and metadata.no_penalties
+        metadata.no_penalties
         and metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
@@ -119,6 +153,13 @@ def is_argmax(metadata: SamplingMetadata) -> bool:
             (isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases)
             or (isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks)
             for processor in metadata.logitsprocs.non_argmax_invariant
+        )
+        and (
+            metadata.all_greedy
+            or all(
+                isinstance(processor, MinPLogitsProcessor) and not processor.min_p_count
+                for processor in metadata.logitsprocs.argmax_invariant
+            )
         )
     )
 
