@@ -11,6 +11,7 @@ ALGORITHM = {
     "tree",
     "noise",
     "noise_rows",
+    "node_noise",
     "config",
     "shapes",
     "draft",

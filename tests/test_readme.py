@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_eagle.bench import ablation, heads
+from vllm_eagle.bench import ablation, heads, steps
 from vllm_eagle.config import TreeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +31,13 @@ def test_modules_exist(module: str) -> None:
     assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or module == "vllm_eagle.patches"
 
 
-@pytest.mark.parametrize("name", ["heads", "ablation"])
+TABLES = {"heads": heads.table, "ablation": ablation.table, "steps_f32": steps.table}
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_the_committed_runs(name: str) -> None:
     result = json.loads((ROOT / "vllm_eagle" / "bench" / "results" / f"{name}.json").read_text())
-    assert {"heads": heads, "ablation": ablation}[name].table(result) in README
+    assert TABLES[name](result) in README
 
 
 def test_the_table_holds_the_figures_of_the_committed_runs() -> None:

@@ -4,7 +4,7 @@
              as deep, and keep as much of it, as pays                 budget.py, cost_curve.py, calibration.py;
                                                                       engine/planning.py, costs.py, backlog.py
     verify   one target pass over all nodes of all requests           verify.py; attention/; engine/runner.py
-    accept   sample along the tree with vLLM's sampler, keep the path accept.py; engine/scorer.py
+    accept   sample along the tree with vLLM's sampler, keep the path accept.py, node_noise.py; engine/scorer.py
     compact  move the path's keys and values to their own slots       compact.py; engine/runner.py
 
 Read tree.py first (what a tree is), then the four above. They know nothing of vLLM; engine/ does, attention/ (a backend),
