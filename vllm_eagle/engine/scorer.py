@@ -57,7 +57,7 @@ class EagleTreeScorer:
             sampled_token_ids [num_reqs, longest walk] int32, padded with -1, on the host, and logprobs of the same rows if asked
             for; and the walks.
         """
-        if not grammars and is_row_wise(metadata) and self._at_once_is_cheap(logits, metadata.all_greedy):
+        if not grammars and self._at_once_is_cheap(logits, metadata.all_greedy) and is_row_wise(metadata):
             return self._score_at_once(logits, trees, metadata, discarded)
         walks = [Walk(tree) for tree in trees]
         first_rows = torch.tensor([0, *(tree.num_nodes for tree in trees)]).cumsum(0)[:-1]
@@ -112,7 +112,7 @@ class EagleTreeScorer:
             draw = self._draw(logits)
             for (i, generator), depths in zip(drawing.items(), depths_of([trees[i] for i in drawing]), strict=True):
                 own |= dict(enumerate(node_generators(generator, depths.tolist(), draw), starts[i]))
-        out = self._sampler(logits=logits, sampling_metadata=replace(_per_node(metadata, trees), generators=own))
+        out = self._sampler(logits=logits, sampling_metadata=_per_node(metadata, trees, own))
         sampled = out.sampled_token_ids[:, 0].tolist()
         walks = [accept(tree, sampled[start:end]) for tree, start, end in zip(trees, starts, starts[1:], strict=False)]
         for i, generator in drawing.items():
@@ -128,9 +128,9 @@ class EagleTreeScorer:
         return lambda generator: row.exponential_(generator=generator)
 
 
-def _per_node(metadata: SamplingMetadata, trees: Sequence[DraftTree]) -> SamplingMetadata:
+def _per_node(metadata: SamplingMetadata, trees: Sequence[DraftTree], generators: dict[int, torch.Generator]) -> SamplingMetadata:
     """What a node's row needs of its request's, where all nodes are sampled after at once."""
-    found = replace(metadata, spec_token_ids=None)
+    found = replace(metadata, generators=generators, spec_token_ids=None)
     if metadata.all_greedy:
         return found
     device = metadata.temperature.device
