@@ -14,6 +14,11 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _MAX_SEED = 2**31
 
 
+def draws_seeds(device: torch.device, exact: bool = False) -> bool:
+    """Whether vLLM's sampler draws seeds there: not where it fills rows, nor where it does so exactly, in float64, on CPU."""
+    return device.type == "cpu" and not exact
+
+
 def draw_seed(generator: torch.Generator) -> torch.Tensor:  # [1] int64
     """What vLLM's CPU sampler draws from a request's generator for one position."""
     return torch.randint(0, _MAX_SEED, (1,), generator=generator, dtype=torch.long)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_eagle.bench.offline import Generated
-from vllm_eagle.noise import gumbel, peek_seeds
+from vllm_eagle.noise import draws_seeds, gumbel, peek_seeds
 from vllm_eagle.noise_rows import NoiseRows
 
 if TYPE_CHECKING:
@@ -49,6 +49,6 @@ def gaps(
 def noise_at(seed: int, position: int, vocab_size: int, device: str) -> torch.Tensor:  # [vocab_size] float32
     """What vLLM's sampler on that device adds to `logits / T` at this token of an answer, from 0, of a request with this seed."""
     generator = torch.Generator(device).manual_seed(seed)
-    if device == "cpu":
+    if draws_seeds(generator.device):
         return gumbel(peek_seeds(generator, position + 1)[-1], vocab_size)
     return NoiseRows([generator], vocab_size).at(position + 1)[0]

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.bench.drafters import ours
-from vllm_eagle.bench.offline import encode_prompts, engine, prepare_environment
+from vllm_eagle.bench.offline import encode_prompts, engine, prepare_environment, timed_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -192,19 +192,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("times of a step are taken on the host, which does not wait for a GPU; hide it: CUDA_VISIBLE_DEVICES=''")
     prompts = encode_prompts(str(args.model), None)
     rates = measure_rates(args.model, args.dtype)
-    longest, most = max(map(len, prompts)), max(args.concurrency)
-    common: dict[str, Any] = {
-        "dtype": args.dtype,
-        "max_model_len": longest + args.max_tokens + 1,
-        "max_num_seqs": most,
-        "max_num_batched_tokens": most * longest + 128 * most,  # prompts come whole, so that a step holds one or none
-        "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": 1 << 30,
-        "enforce_eager": args.enforce_eager,
-    }
+    # Prompts come whole, so that a step holds some or none.
+    common = timed_engine(prompts, args.max_tokens, max(args.concurrency), args.dtype, args.enforce_eager)
     steps: dict[str, dict[str, Any]] = {}
     for side, options in {"plain": {}, "trees": ours(args.head, args.num_draft_tokens)}.items():
-        with engine(str(args.model), **common, **options) as llm:
+        with engine(str(args.model), kv_cache_memory_bytes=1 << 30, **common, **options) as llm:
             watch = StepWatch(llm)
             steps[side] = {}
             for number in args.concurrency:
@@ -244,9 +236,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print a table and JSON."""
     args = _parse(argv)
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    prepare_environment()
+    prepare_environment(args.threads)
     import torch
 
     torch.set_num_threads(args.threads)

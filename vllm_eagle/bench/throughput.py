@@ -22,14 +22,14 @@ from typing import Any
 
 from vllm_eagle.bench import throughput_report
 from vllm_eagle.bench.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
-from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment
+from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment, timed_engine
 from vllm_eagle.bench.replay import write_pair
 from vllm_eagle.bench.sustained import Answer, Ask
 from vllm_eagle.bench.throughput_sides import device_bytes, engine_side, server_side
 
 PLAIN = "plain"
 _FEWEST = 8  # answers in a round
-_SWEEP = (2, 4, 8)  # nodes of fixed trees, if asked for; `fixed` has as many as `trees` may have
+_SWEEP = (1, 2, 4, 8)  # nodes of fixed trees, if asked for; `fixed` has as many as `trees` may have
 _SETTLE_S = 1.5  # after its last step a server of vLLM polls for a second, on a core that the next one needs
 
 
@@ -88,10 +88,7 @@ def run(settings: Settings, out: Path | None) -> int:
     if settings.replay is not None and (settings.temperature > 0 or settings.medusa is not None):
         raise ValueError("--replay replays a greedy EAGLE head; remove --temperature and --medusa")
     variants(settings)  # that --only is right
-    if settings.threads is not None:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    prepare_environment()
+    prepare_environment(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         if settings.replay is not None:
             target, head = write_pair(Path(folder), settings.replay)
@@ -113,18 +110,8 @@ def measure(
     import torch
     import vllm
 
-    longest = max(map(len, prompts)) + settings.max_tokens + 1
     most = max(settings.concurrency)
-    common: dict[str, Any] = {
-        "dtype": settings.dtype,
-        "max_model_len": longest,
-        "enforce_eager": settings.enforce_eager,
-        "max_num_seqs": most,
-        # The same prompts come again, in other rounds and at other loads; whoever has seen them must not gain by it.
-        "enable_prefix_caching": False,
-        # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
-        "max_num_batched_tokens": max(longest, most * max(map(len, prompts))) + 128 * most,
-    }
+    common = timed_engine(prompts, settings.max_tokens, most, settings.dtype, settings.enforce_eager)
     if settings.replay is not None:
         common["load_format"] = "dummy"
     on_gpu = torch.cuda.is_available()

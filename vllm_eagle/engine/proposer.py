@@ -26,7 +26,7 @@ from vllm_eagle.engine.backlog import Backlog
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.first_pass import FirstPass, passes
 from vllm_eagle.engine.grammar import DraftConstraints
-from vllm_eagle.noise import gumbel, peek_seeds
+from vllm_eagle.noise import draws_seeds, gumbel, peek_seeds
 from vllm_eagle.noise_rows import NoiseRows
 from vllm_eagle.tree import DraftTree
 
@@ -233,7 +233,7 @@ class EagleTreeProposer(EagleProposer):
 
         With `use_fp64_gumbel` its rows are in float64, and on CPU, too, it draws rows.
         """
-        if self.device.type != "cpu" or self.use_fp64_gumbel:
+        if not draws_seeds(self.device, self.use_fp64_gumbel):
             return NoiseRows(generators, vocab_size, torch.float64 if self.use_fp64_gumbel else torch.float32).at
         seeds = torch.stack([peek_seeds(generator, self._config.depth_limit) for generator in generators])
         return lambda depth: gumbel(seeds[:, depth - 1], vocab_size)

@@ -25,7 +25,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm_eagle.accept import Walk, accept
 from vllm_eagle.engine.grammar import MaskAfter, apply_masks
 from vllm_eagle.node_noise import Draw, node_generators
-from vllm_eagle.noise import draw_seed
+from vllm_eagle.noise import draw_seed, draws_seeds
 from vllm_eagle.tree import DraftTree, depths_of
 
 PADDING = -1  # what vLLM ignores in a row of sampled tokens
@@ -60,12 +60,12 @@ class EagleTreeScorer:
         if not grammars and self._at_once_is_cheap(logits, metadata.all_greedy) and is_row_wise(metadata):
             return self._score_at_once(logits, trees, metadata, discarded)
         walks = [Walk(tree) for tree in trees]
-        first_rows = torch.tensor([0, *(tree.num_nodes for tree in trees)]).cumsum(0)[:-1]
+        starts = _starts(trees)
         logprobs: list[LogprobsTensors] = []
         walking = set(range(len(walks)))
         masks = {i: mask for i, mask_after in grammars.items() if (mask := mask_after(0)) is not None}
         while walking:
-            rows = first_rows + torch.tensor([walk.node for walk in walks])
+            rows = torch.from_numpy(starts[:-1] + [walk.node for walk in walks])
             generators = {i: g for i, g in metadata.generators.items() if i in walking and i not in discarded}
             out = self._sampler(
                 logits=apply_masks(logits[async_tensor_h2d(rows, device=logits.device)], masks),
@@ -105,7 +105,7 @@ class EagleTreeScorer:
     def _score_at_once(
         self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata, discarded: set[int]
     ) -> tuple[SamplerOutput, list[Walk]]:
-        starts = np.cumsum([0, *(tree.num_nodes for tree in trees)]).tolist()
+        starts = _starts(trees).tolist()
         drawing = {} if metadata.all_greedy else {i: g for i, g in metadata.generators.items() if i not in discarded}
         own: dict[int, torch.Generator] = {}  # by row of logits
         if drawing:
@@ -122,10 +122,15 @@ class EagleTreeScorer:
     def _draw(self, logits: torch.Tensor) -> Draw:
         """What the sampler draws for a row of noise: on CPU the seed of a hash (noise.py), else the row (noise_rows.py)."""
         exact: bool = self._sampler.use_fp64_gumbel
-        if logits.is_cpu and not exact:
+        if draws_seeds(logits.device, exact):
             return draw_seed
         row = torch.empty(logits.shape[-1], dtype=torch.float64 if exact else torch.float32, device=logits.device)
         return lambda generator: row.exponential_(generator=generator)
+
+
+def _starts(trees: Sequence[DraftTree]) -> np.ndarray:
+    """First rows of trees, and the number of rows: [len(trees) + 1] int64."""
+    return np.cumsum([0, *(tree.num_nodes for tree in trees)])
 
 
 def _per_node(metadata: SamplingMetadata, trees: Sequence[DraftTree], generators: dict[int, torch.Generator]) -> SamplingMetadata:
