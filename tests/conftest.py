@@ -22,6 +22,20 @@ settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
 
 
+# These files take minutes each. Begun first, none is left to one process at the end while the others have nothing to do.
+_LONG = ("pair", "test_server_faults", "test_exactness", "test_soak", "test_throughput", "test_train", "test_replay", "test_engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` a file stays together, and all that asks the pair of servers: that starts once."""
+    with_pair = {item.path for item in items if "pair" in getattr(item, "fixturenames", ())}
+    groups = {item.path: "pair" if item.path in with_pair else item.path.stem for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(groups[item.path], len(_LONG)))
+
+
 @pytest.fixture(scope="session")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A random target with an EAGLE-1 and an EAGLE-3 head."""

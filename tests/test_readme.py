@@ -40,6 +40,19 @@ def test_tables_are_those_of_the_committed_runs(name: str) -> None:
     assert TABLES[name](result) in README
 
 
+def test_speeds_are_those_of_the_committed_runs() -> None:
+    """Every ratio that the README gives with its rounds and tau."""
+    measured = {
+        f"{found['ratio']:.2f}x ({', '.join(f'{ratio:.2f}' for ratio in found['ratios'])}; {found['tau']:.2f})"
+        for path in (ROOT / "vllm_eagle" / "bench" / "results").glob("bench_*.json")
+        for variants in json.loads(path.read_text())["concurrency"].values()
+        for found in variants.values()
+    }
+    told = re.findall(r"\d+\.\d\dx \([\d., ]+; \d+\.\d\d\)", README)
+    assert len(told) > 20
+    assert set(told) <= measured
+
+
 def test_the_table_holds_the_figures_of_the_committed_runs() -> None:
     for name in ("t0", "t1"):
         result = json.loads((ROOT / "vllm_eagle" / "bench" / "results" / f"{name}.json").read_text())
