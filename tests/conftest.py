@@ -22,18 +22,14 @@ settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
 
 
-# These files take minutes each. Begun first, none is left to one process at the end while the others have nothing to do.
-_LONG = ("pair", "test_server_faults", "test_exactness", "test_soak", "test_throughput", "test_train", "test_replay", "test_engine")
+# Files that take minutes, those with the longest first: left to the end, one process would run them while the others are done.
+_LONG = ("server_faults", "exactness", "examples_serve", "soak", "throughput", "train", "replay", "engine", "combine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file stays together, and all that asks the pair of servers: that starts once."""
-    with_pair = {item.path for item in items if "pair" in getattr(item, "fixturenames", ())}
-    groups = {item.path: "pair" if item.path in with_pair else item.path.stem for item in items}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
-    places = {name: place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: places.get(groups[item.path], len(_LONG)))
+    """Long files first; pytest-xdist keeps that order (--no-loadscope-reorder)."""
+    places = {f"test_{name}": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(_LONG)))
 
 
 @pytest.fixture(scope="session")
