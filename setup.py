@@ -27,7 +27,7 @@ setup(
         "train": ["accelerate>=1.10", "matplotlib>=3.9", "tensorboard>=2.18"],
         "ray": ["ray[default]>=2.60"],
         "xformers": ["xformers>=0.0.35"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],
     },
     entry_points={
         # One name for all three: VLLM_PLUGINS=eagle_trees allows them together, and vLLM adds pages only if they are named there.

@@ -62,7 +62,7 @@ def prepare_environment(threads: int | None = None) -> None:
         os.environ.setdefault(name, value)
 
 
-def timed_engine(prompts: Sequence[list[int]], max_tokens: int, most: int, dtype: str, enforce_eager: bool) -> dict[str, Any]:
+def timed_arguments(prompts: Sequence[list[int]], max_tokens: int, most: int, dtype: str, enforce_eager: bool) -> dict[str, Any]:
     """Arguments of engines that answer such prompts, `most` at once, while they are timed."""
     longest = max(map(len, prompts))
     return {

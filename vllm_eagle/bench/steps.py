@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.bench.drafters import ours
-from vllm_eagle.bench.offline import encode_prompts, engine, prepare_environment, timed_engine
+from vllm_eagle.bench.offline import encode_prompts, engine, prepare_environment, timed_arguments
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompts = encode_prompts(str(args.model), None)
     rates = measure_rates(args.model, args.dtype)
     # Prompts come whole, so that a step holds some or none.
-    common = timed_engine(prompts, args.max_tokens, max(args.concurrency), args.dtype, args.enforce_eager)
+    common = timed_arguments(prompts, args.max_tokens, max(args.concurrency), args.dtype, args.enforce_eager)
     steps: dict[str, dict[str, Any]] = {}
     for side, options in {"plain": {}, "trees": ours(args.head, args.num_draft_tokens)}.items():
         with engine(str(args.model), kv_cache_memory_bytes=1 << 30, **common, **options) as llm:

@@ -22,7 +22,7 @@ from typing import Any
 
 from vllm_eagle.bench import throughput_report
 from vllm_eagle.bench.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
-from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment, timed_engine
+from vllm_eagle.bench.offline import Generated, encode_prompts, prepare_environment, timed_arguments
 from vllm_eagle.bench.replay import write_pair
 from vllm_eagle.bench.sustained import Answer, Ask
 from vllm_eagle.bench.throughput_sides import device_bytes, engine_side, server_side
@@ -111,7 +111,7 @@ def measure(
     import vllm
 
     most = max(settings.concurrency)
-    common = timed_engine(prompts, settings.max_tokens, most, settings.dtype, settings.enforce_eager)
+    common = timed_arguments(prompts, settings.max_tokens, most, settings.dtype, settings.enforce_eager)
     if settings.replay is not None:
         common["load_format"] = "dummy"
     on_gpu = torch.cuda.is_available()
