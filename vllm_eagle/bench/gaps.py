@@ -49,6 +49,6 @@ def gaps(
 def noise_at(seed: int, position: int, vocab_size: int, device: str) -> torch.Tensor:  # [vocab_size] float32
     """What vLLM's sampler on that device adds to `logits / T` at this token of an answer, from 0, of a request with this seed."""
     generator = torch.Generator(device).manual_seed(seed)
-    if draws_seeds(generator.device):
+    if draws_seeds(torch.device(device)):
         return gumbel(peek_seeds(generator, position + 1)[-1], vocab_size)
     return NoiseRows([generator], vocab_size).at(position + 1)[0]
