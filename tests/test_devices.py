@@ -308,8 +308,8 @@ def test_the_heads_first_pass_stays_on_the_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         first_pass, "async_tensor_h2d", lambda data, device, dtype=None: torch.as_tensor(data, dtype=dtype).to(device)
     )
-    at_once = list(passes(whole, ["a", "b", "c"], [0, 1], Waiting(), 16, 9))  # type: ignore[arg-type]
-    one_by_one = list(passes(whole, ["a", "b", "c"], [0, 1], Waiting(), 16, 4))  # type: ignore[arg-type]
+    at_once = list(passes(whole, ["a", "b", "c"], [0, 1], [2], Waiting(), 16, 9))  # type: ignore[arg-type]
+    one_by_one = list(passes(whole, ["a", "b", "c"], [0, 1], [2], Waiting(), 16, 4))  # type: ignore[arg-type]
     assert [each.metadata.num_actual_tokens for each in (*at_once, *one_by_one)] == [9, 4, 1, 4]
     for each in (*at_once, *one_by_one):
         tensors = [each.token_ids, each.next_token_ids, each.positions, each.features, each.metadata.query_start_loc]

@@ -115,6 +115,28 @@ def test_tokens_equal_plain_vllm(variant: str, prompts: list[list[int]], shipped
         assert variant.startswith(("chain", "dynamic1_")) or variant == "dynamic1" or tree_stats(llm)["num_moved"] > 50
 
 
+def test_thinking_ends_where_it_ends_without_trees(prompts: list[list[int]]) -> None:
+    """A budget of thinking tokens is one request's, whatever row of the batch is its own."""
+    from transformers import AutoTokenizer
+    from vllm.config.reasoning import ReasoningConfig
+
+    start, end = "Let me think:", "Now I know."
+    thinking = AutoTokenizer.from_pretrained(TARGET).encode(start, add_special_tokens=False)
+    budgets = [None, 9, 3, None, 0, 17, 9]
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=MAX_TOKENS, ignore_eos=True, thinking_token_budget=budget)
+        for i, budget in enumerate(budgets)
+    ]
+    asked = [ids if budget is None else [*ids, *thinking] for ids, budget in zip(prompts, budgets, strict=False)]
+    outputs = []
+    for changes in ({}, trees(HEAD, 16)):
+        config = ReasoningConfig(reasoning_start_str=start, reasoning_end_str=end)
+        with engine(TARGET, reasoning_config=config, **changes) as llm:
+            outputs.append(generate(llm, asked, params))
+    assert [end in output.outputs[0].text for output in outputs[0]] == [budget is not None for budget in budgets]
+    assert tokens(outputs[1]) == tokens(outputs[0])
+
+
 @pytest.mark.parametrize("head", ["eagle", "eagle3"])
 @pytest.mark.parametrize("num_draft_tokens", [1, 7, 60])
 def test_tokens_equal_plain_vllm_with_an_ignorant_head(head: str, num_draft_tokens: int, random_models: dict[str, Path]) -> None:

@@ -17,23 +17,28 @@ PROMPTS = [list(range(3 * i + 1, 3 * i + 12 + i)) for i in range(6)]
 PARAMS = [SamplingParams(temperature=i % 2, seed=i, max_tokens=24, ignore_eos=True) for i in range(6)]
 
 
-def test_a_failure_in_drafting_switches_speculation_off(random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_failure_in_drafting_switches_speculation_off(
+    random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, in_turns: bool
+) -> None:
     with engine(random_models["target"]) as llm:
         expected = tokens(generate(llm, PROMPTS, PARAMS))
     propose, calls = EagleTreeProposer.propose, []
+    # In turns: a step has room for two trees, so that requests wait with the drafts they were given before the failure.
+    failing, small = (16, {"max_num_batched_tokens": 40, "max_num_seqs": 8}) if in_turns else (6, {})
 
     def fails_later(self: EagleTreeProposer, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == failing:
             raise RuntimeError("injected")
         return propose(self, *args, **kwargs)
 
-    with engine(random_models["target"], **trees(random_models["eagle"])) as llm:
+    with engine(random_models["target"], **trees(random_models["eagle"]), **small) as llm:
         monkeypatch.setattr(EagleTreeProposer, "propose", fails_later)
         errors: list[str] = []
         monkeypatch.setattr(runner.logger, "exception", lambda message: errors.append(message))
         assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
-        assert len(calls) == 6  # not tried again
+        assert len(calls) == failing  # not tried again
         assert len(errors) == 1
         assert errors[0].startswith("Drafting failed. Speculation is off")
         stats = tree_stats(llm)

@@ -46,6 +46,7 @@ BREAKS: dict[str, dict[str, object]] = {
         "device_config.device_type": "cuda",
         "attention_config.backend": AttentionBackendEnum.FLASHINFER,
     },
+    "prompts as embeddings": {"model_config.enable_prompt_embeds": True},
     "pipeline parallelism": {"parallel_config.pipeline_parallel_size": 2},
     "data parallelism": {"parallel_config.data_parallel_size": 2},
     "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},

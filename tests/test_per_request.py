@@ -8,6 +8,8 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from tests.engines import engine, generate, tokens, tree_stats, trees
+from vllm_eagle.engine import runner
+from vllm_eagle.engine.backlog import Backlog
 from vllm_eagle.pair import HEAD, TARGET
 from vllm_eagle.per_request import RequestOptions
 
@@ -77,6 +79,40 @@ def test_a_request_can_have_a_smaller_tree_or_none() -> None:
         with pytest.raises(VLLMValidationError, match="eagle_topk=99"):
             generate(llm, [PROMPT], params(eagle_topk=99))
         assert recorded(llm, params())[0] == expected
+
+
+def test_for_a_request_without_speculation_nothing_is_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put aside for the head takes memory that others need."""
+    put_aside: set[str] = set()
+    keep = Backlog.keep
+
+    def spying(self: Backlog, token_ids: Any, features: Any, parts: Any) -> None:
+        put_aside.update(parts)
+        keep(self, token_ids, features, parts)
+
+    monkeypatch.setattr(Backlog, "keep", spying)
+    with engine(TARGET, **trees(HEAD)) as llm:
+        for most in (0, 4):
+            args = {"eagle_num_draft_tokens": most}
+            params = [SamplingParams(temperature=0, max_tokens=20 + i, ignore_eos=True, extra_args=args) for i in range(2)]
+            generate(llm, [PROMPT, PROMPT[:20]], params)
+            assert bool(put_aside) == bool(most)  # an answer's last token is not drafted for either
+
+
+def test_what_was_not_checked_before_the_worker_harms_nobody(
+    random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the plugin is not loaded, only the worker reads the options."""
+    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", lambda self, config: None)
+    errors: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(runner.logger, "error", lambda *message: errors.append(message))
+    outputs = []
+    for changes in ({}, trees(random_models["eagle"])):
+        params = [SamplingParams(temperature=0, max_tokens=12, extra_args=x) for x in (None, {"eagle_nodes": 3})]
+        with engine(random_models["target"], **changes) as llm:
+            outputs.append(tokens(generate(llm, [PROMPT, PROMPT[:9]], params)))
+    assert outputs[0] == outputs[1]
+    assert ["unknown extra argument 'eagle_nodes'" in str(message[2]) for message in errors] == [True]
 
 
 def test_options_mix_in_one_batch(random_models: dict[str, Path]) -> None:

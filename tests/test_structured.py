@@ -78,6 +78,24 @@ def test_constrained_requests_survive_preemption() -> None:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
+def test_worker_and_scheduler_use_one_backend() -> None:
+    """The scheduler's is that of the first request received, though the worker never sees that one."""
+    first = StructuredOutputsParams(json={"type": "integer", "multipleOf": 5})  # which xgrammar cannot do
+    answers, backends = [], []
+    for changes in ({}, trees(HEAD)):
+        with engine(TARGET, **changes) as llm:
+            params = SamplingParams(temperature=0, max_tokens=8, structured_outputs=first)
+            llm.llm_engine.abort_request([llm.llm_engine.add_request("first", {"prompt_token_ids": [5, 6]}, params)], internal=True)
+            answers.append(tokens(generate(llm, *requests(llm, ["json", "regex"]))))
+            manager = llm.llm_engine.engine_core.engine_core.scheduler.structured_output_manager
+            backends.append(type(manager.backend).__name__)
+            if changes:
+                own = llm.collective_rpc(lambda worker: worker.model_runner._grammars._manager.backend)[0]
+                backends.append(type(own).__name__)
+    assert answers[0] == answers[1]
+    assert backends == ["GuidanceBackend"] * 3
+
+
 class _LettersInOrder:
     """A grammar over tokens 0..n: each must be greater than the one before."""
 

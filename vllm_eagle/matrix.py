@@ -22,8 +22,10 @@ WORKS = (
     ("4-bit weights (compressed-tensors W4A16)", "the head stays unquantized", "test_combine"),
     ("tensor parallelism", "an exception in drafting ends the server there", "test_combine"),
     ("several API servers", "without our metrics in /metrics: scrape /eagle/metrics", "test_examples_serve"),
+    ("Ray Data and Ray Serve", "also when a node is lost", "test_ray"),
+    ("sessions whose prompt goes on after an answer", "without drafts", "test_sessions"),
     ("Llama, Qwen2, Qwen3, Mistral", "", "test_families"),
-    ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "others formats through vllm-eagle convert", "test_biased_head"),
+    ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats through vllm-eagle convert", "test_biased_head"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
 )
 OTHERWISE = (
@@ -32,7 +34,7 @@ OTHERWISE = (
         "not run",
         "vLLM's V1 runner, FLASH_ATTN, TRITON_ATTN or xformers (CUSTOM); no GPU has run it yet: vllm-eagle gpu-check",
     ),
-    ("Ray", "by name", "worker and scheduler go by name to every node that has vllm_eagle installed; not run so far"),
+    ("tensor-parallel ranks as Ray actors", "not run", "vLLM refuses them on CPUs; worker and scheduler go to them by name"),
     ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),
 )
 

@@ -17,7 +17,6 @@ from vllm_eagle.tree import DraftTree, IntArray, node_ancestors
 class TreeBatch:
     """The draft trees of one target pass. Padded to the largest tree; padding nodes hang under the root and see it alone."""
 
-    trees: tuple[DraftTree, ...]
     req_indices: IntArray  # [num_trees] int64, row of the request in the batch
     first_rows: IntArray  # [num_trees] int64, input row of each root
     context_lens: IntArray  # [num_trees] int64, tokens of each request whose keys and values are in the cache
@@ -54,7 +53,6 @@ def lay_out(
         row[: tree.num_nodes] = tree.parents
     ancestors = node_ancestors(parents)
     return TreeBatch(
-        trees=tuple(trees),
         req_indices=np.asarray(req_indices, dtype=np.int64),
         first_rows=np.asarray(first_rows, dtype=np.int64),
         context_lens=np.asarray(context_lens, dtype=np.int64),

@@ -1,6 +1,7 @@
 """What the engine asks of a device's attention. One file per device implements it: cpu.py, cuda.py.
 
-- The metadata builder takes the trees of a verification pass: `attach`.
+- The metadata builder takes the trees of a verification pass: `attach(metadata, batch)` divides the rows of the metadata that it has
+  built into those of the batch's trees and the rest.
 - The implementation says whether its layer can run trees: `TreeAttention`.
 - The head's passes over tree levels get metadata of their own instead of what the builder makes: `levels.DraftLevels`.
 
@@ -10,18 +11,7 @@ request's own block table.
 
 from typing import Protocol, runtime_checkable
 
-from vllm.v1.attention.backend import AttentionMetadata
-
-from vllm_eagle.verify import TreeBatch
-
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")  # in whose places cuda.py puts backends with tree rows
-
-
-class TreeMetadataBuilder(Protocol):
-    """Builds vLLM's metadata of a pass."""
-
-    def attach(self, metadata: AttentionMetadata, batch: TreeBatch) -> None:
-        """Divide the rows of `metadata`, which this builder has built, into those of `batch`'s trees and the rest."""
 
 
 @runtime_checkable

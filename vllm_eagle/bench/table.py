@@ -1,4 +1,4 @@
-"""Print the README's table from two runs of `vllm-eagle compare`: `python -m vllm_eagle.bench.table T0.json T1.json`."""
+"""Print README.md's first table from two runs of `vllm-eagle compare`: `python -m vllm_eagle.bench.table T0.json T1.json`."""
 
 import json
 import sys

@@ -50,19 +50,24 @@ class FirstPass:
 
 
 def passes(
-    whole: FirstPass, req_ids: Sequence[str], now: Sequence[int], backlog: Backlog, block_size: int, most_tokens: int
+    whole: FirstPass,
+    req_ids: Sequence[str],
+    now: Sequence[int],
+    later: Sequence[int],
+    backlog: Backlog,
+    block_size: int,
+    most_tokens: int,
 ) -> Iterator[FirstPass]:
     """Passes that the head needs now: over the newest tokens of the rows in `now`, which rise, and what waits of them.
 
     The last pass ends with the newest token of each row in `now`; results of those before it, if there are any, count for nothing.
-    Tokens of the other rows go to the backlog.
+    Tokens of the rows in `later` go to the backlog; of those in neither the head sees nothing.
     """
-    others = sorted(set(range(len(req_ids))).difference(now))
-    if others:
+    if later:
         starts, parts = whole.starts, whole.parts
-        backlog.keep(whole.token_ids, whole.features, {req_ids[row]: (starts[row], parts[row]) for row in others})
+        backlog.keep(whole.token_ids, whole.features, {req_ids[row]: (starts[row], parts[row]) for row in later})
     waiting = {row: piece for row in now if (piece := backlog.take(req_ids[row])) is not None}
-    if not waiting and not others:
+    if not waiting and len(now) == len(req_ids):
         yield whole
         return
     if not now:

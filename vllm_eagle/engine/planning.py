@@ -139,7 +139,9 @@ class DraftPlanning(GPUModelRunner):
             widths = self.budget.widths(self.tree_config.children) if self._fixed_width else None
             limits = Limits(plan.node_floor, partial(self.budget.pays, plan), widths, self._fixed_width)
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
-        return DraftPlan(req_ids, drawn, sorted({*drawn, *self._prompt_rows}), limits)
+        now = {*drawn, *self._prompt_rows}
+        later = [row for row, req_id in enumerate(req_ids) if row not in now and self._options[req_id].num_draft_tokens]
+        return DraftPlan(req_ids, drawn, sorted(now), later, limits)
 
     @property
     def _fixed_width(self) -> bool:

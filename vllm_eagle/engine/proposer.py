@@ -40,6 +40,7 @@ class DraftPlan:
     req_ids: list[str]  # by row in the batch
     requests: dict[int, Request]  # those that get a tree, by row
     rows_now: list[int]  # rising; over whose newest tokens the head is run: those, and prompts
+    rows_later: list[int]  # over whose it may have to be run later
     limits: Limits
 
 
@@ -144,7 +145,9 @@ class EagleTreeProposer(EagleProposer):
         drafts: list[list[int]] = [[] for _ in range(common_attn_metadata.num_reqs)]
         self.first_rows, self.level_rows, self.levels_s, self.num_drafting = 0, [], 0.0, 0
         step = self._plan(num_speculative_tokens)
-        for each in passes(whole, step.req_ids, step.rows_now, self._backlog, self.block_size, self.max_num_tokens):
+        for each in passes(
+            whole, step.req_ids, step.rows_now, step.rows_later, self._backlog, self.block_size, self.max_num_tokens
+        ):
             last_hidden, hidden, last_rows = self._first_pass(each)
         self.num_drafting = len(step.requests)
         if step.requests:

@@ -148,7 +148,11 @@ class EagleTreeRunner(DraftPlanning):
 
     def _welcome(self, req_id: str) -> None:
         state = self.requests[req_id]
-        self._options[req_id] = RequestOptions.from_extra_args(state.sampling_params.extra_args)
+        try:
+            self._options[req_id] = RequestOptions.from_extra_args(state.sampling_params.extra_args)
+        except ValueError as error:  # refused before it comes here, where the plugin is loaded
+            logger.error("Request %s: %s; it is answered as if it had not asked.", req_id, error)
+            self._options[req_id] = RequestOptions()
         self._grammars.start(req_id, state)
 
     def _scheduled_tree(self, req_id: str, token_ids: list[int]) -> DraftTree:
@@ -221,13 +225,12 @@ class EagleTreeRunner(DraftPlanning):
         scores, accepted = [], []
         for row, walk in enumerate(self._walks):
             nodes = walk.tree.num_nodes
-            if nodes == 1 or row in discarded:
+            if nodes == 1 or row in discarded or walk.tree.token_ids[1] == PADDING:  # such nodes are vLLM's, not the head's
                 continue
             self.tree_metrics.count_verification(nodes - 1, len(walk.path), num_reqs)
             self.tree_trace.record(self.input_batch.req_ids[row], walk)
-            if walk.tree.token_ids[1] != PADDING:  # such nodes are vLLM's, not the head's
-                scores.append(walk.tree.scores[1:])
-                accepted.append(walk.accepted)
+            scores.append(walk.tree.scores[1:])
+            accepted.append(walk.accepted)
         if self.budget is not None and scores:
             self.budget.calibration.update(np.concatenate(scores), np.concatenate(accepted))
         self.tree_trace.end_step()
@@ -294,5 +297,4 @@ class EagleTreeRunner(DraftPlanning):
             )
             self.tree_metrics.add("num_drafting_errors")
             self.tree_metrics.counts["speculation_off"] = 1
-            self._stored.clear()
             return [[] for _ in self.input_batch.req_ids]

@@ -23,6 +23,10 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+# By the name of the class: outlines may not be installed, and to import its module asks for it.
+_GRAMMAR_BACKENDS = {"XgrammarBackend": "xgrammar", "GuidanceBackend": "guidance", "OutlinesBackend": "outlines"}
 
 
 def grammars_follow_trees(vllm_config: VllmConfig) -> bool:
@@ -34,14 +38,33 @@ def grammars_follow_trees(vllm_config: VllmConfig) -> bool:
 class EagleTreeScheduler(Scheduler):
     """vLLM's scheduler for draft trees. Decides nothing else differently."""
 
+    def add_request(self, request: Request) -> None:
+        """Name the backend of grammars that is in use here to the worker.
+
+        With the backend "auto" vLLM takes the one that suits the first constrained request for all of them. The first that comes to
+        the worker may be another one, and what two backends allow is not the same to the bit.
+        """
+        backend = type(self.structured_output_manager.backend).__name__
+        if request.use_structured_output and backend in _GRAMMAR_BACKENDS:
+            request.sampling_params.structured_outputs._backend = _GRAMMAR_BACKENDS[backend]
+        super().add_request(request)
+
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Hand each request its draft tokens for the next step."""
-        if not grammars_follow_trees(self.vllm_config):
+        """Hand each request its draft tokens for the next step.
+
+        Sessions that go on after an answer (AsyncLLM's streaming input) get none: vLLM resumes them behind all tokens that a step
+        accepted, also those beyond the end of the answer.
+        """
+        follow_trees = grammars_follow_trees(self.vllm_config)
+        if not follow_trees:
             super().update_draft_token_ids(draft_token_ids)
-            return
         for req_id, token_ids in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
             request = self.requests.get(req_id)
-            if request is not None and not request.is_finished():
+            if request is None or request.is_finished():
+                continue
+            if request.resumable:
+                request.spec_token_ids = []
+            elif follow_trees:
                 request.spec_token_ids = [] if request.is_prefill_chunk else token_ids
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:

@@ -57,6 +57,8 @@ class EagleTreeScorer:
             sampled_token_ids [num_reqs, longest walk] int32, padded with -1, on the host, and logprobs of the same rows if asked
             for; and the walks.
         """
+        if (thinking := metadata.thinking_budget_state_holder) is not None:
+            thinking.in_spec_mode = False  # under speculation it counts rows by draft tokens; here there is one per request
         if not grammars and self._at_once_is_cheap(logits, metadata.all_greedy) and is_row_wise(metadata):
             return self._score_at_once(logits, trees, metadata, discarded)
         walks = [Walk(tree) for tree in trees]

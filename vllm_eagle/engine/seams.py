@@ -52,6 +52,7 @@ _RUNNER = (
 
 # class (or module), method, parameters after self (or after the first one), the file here that relies on it
 _SEAMS = (
+    (Scheduler, "add_request", "request", "engine/scheduler.py"),
     (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/scheduler.py"),
     (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/scheduler.py"),
     (StructuredOutputManager, "grammar_init", "request", "engine/grammar.py"),

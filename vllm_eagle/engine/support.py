@@ -254,6 +254,10 @@ def _engine_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], 
 
 
 _engine_rule(
+    "prompts as embeddings", "the head reads tokens", lambda c: c.model_config.enable_prompt_embeds,
+    "enable_prompt_embeds: the head reads tokens, which such prompts have none of; remove it",
+)  # fmt: skip
+_engine_rule(
     "pipeline parallelism", "trees stay on the last stage", lambda c: c.parallel_config.pipeline_parallel_size > 1,
     "pipeline_parallel_size > 1: trees stay on the last stage; set it to 1",
 )  # fmt: skip

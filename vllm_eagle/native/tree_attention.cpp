@@ -36,9 +36,9 @@ struct Tile {
 // What the query rows of one head of keys have gathered so far.
 struct Rows {
   Rows(int64_t count, int64_t width)
-      : count((count + ROWS - 1) / ROWS * ROWS), width(width), queries(this->count * width), sums(this->count * width),
-        most(this->count, NEVER), weights(this->count, 0.0f) {}
-  int64_t count, width;
+      : asked(count), count((count + ROWS - 1) / ROWS * ROWS), width(width), queries(this->count * width),
+        sums(this->count * width), most(this->count, NEVER), weights(this->count, 0.0f) {}
+  int64_t asked, count, width;  // `count` is `asked`, rounded up to ROWS; the rest counts for nothing
   std::vector<float> queries;  // [count, width], scaled
   std::vector<float> sums;     // [count, width]
   std::vector<float> most;     // [count] greatest score
@@ -60,7 +60,7 @@ void attend(Rows& rows, const Tile& tile, const bool* visible, int64_t stride, i
     }
     for (int64_t r = 0; r < ROWS; ++r) {
       if (visible != nullptr) {
-        const bool* sees = visible + std::min((first + r) / group, rows.count / group - 1) * stride;
+        const bool* sees = visible + std::min(first + r, rows.asked - 1) / group * stride;
         for (int64_t t = 0; t < count; ++t) scores[r][t] = sees[t] ? scores[r][t] : NEVER;
       }
       for (int64_t t = count; t < TILE; ++t) scores[r][t] = NEVER;
