@@ -15,7 +15,8 @@ setup(
     packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
-        "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*", "bench/*.md", "bench/results/*.json"],
+        "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*"],
+        "vllm_eagle.bench": ["*.md", "results/*.json"],
         "vllm_eagle.native": ["*.cpp", "*.h"],
         "vllm_eagle.serving": ["page.*"],
         "vllm_eagle.patches": ["*.patch", "*.md"],

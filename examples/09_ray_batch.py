@@ -3,8 +3,8 @@
     python examples/09_ray_batch.py [QUESTIONS] [OUT] [ENGINES]
 
 QUESTIONS is JSONL with `messages` (by default 16 built-in ones), OUT a folder for answers, ENGINES how many engines share the work.
-Joins the cluster that RAY_ADDRESS names, or starts one on this machine. The seed of a row is its number, so answers do not depend on
-how many engines there are or which of them answers; a row whose engine dies is answered by another one. A minute or two on two cores.
+Joins the cluster that RAY_ADDRESS names, or starts one on this machine. The seed of a row is its number, so answers do not depend
+on how many engines there are or which of them answers; a row whose engine dies is answered by another one. Two minutes, two cores.
 """
 
 import sys
@@ -40,7 +40,7 @@ def answered(questions: ray.data.Dataset, engines: int, resources: dict[str, flo
         model_source=str(TARGET),
         engine_kwargs=engine,
         placement_group_config={"bundle_per_worker": resources},
-        concurrency=engines,
+        concurrency=(engines, engines),
         batch_size=8,
     )
     answers: ray.data.Dataset = build_processor(config, preprocess=ask, postprocess=keep)(questions)

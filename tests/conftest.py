@@ -23,7 +23,7 @@ settings.load_profile("project")
 
 
 # Files that take minutes, those with the longest first: left to the end, one process would run them while the others are done.
-_LONG = ("server_faults", "exactness", "examples_serve", "soak", "throughput", "train", "replay", "engine", "combine")
+_LONG = ("server_faults", "exactness", "examples_serve", "ray", "soak", "throughput", "train", "replay", "engine", "combine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

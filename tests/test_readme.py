@@ -1,4 +1,4 @@
-"""The README names things that exist."""
+"""The README, and the page of measurements, name things that exist and say what was measured."""
 
 import dataclasses
 import json
@@ -12,6 +12,9 @@ from vllm_eagle.config import TreeConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "vllm_eagle" / "bench" / "results"
+MEASURED = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+BOTH = README + MEASURED
 
 
 def test_options_and_defaults_are_those_of_the_config() -> None:
@@ -20,12 +23,12 @@ def test_options_and_defaults_are_those_of_the_config() -> None:
     assert rows == {name: "" if default is None else json.dumps(default) for name, default in fields.items()}
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:vllm_eagle|tests|examples|patches)/[\w/.]*", README))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:vllm_eagle|tests|examples|patches)/[\w/.]*", BOTH))))
 def test_paths_exist(path: str) -> None:
     assert (ROOT / path.rstrip(".")).exists()
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python3?(?:\.11)? -m (vllm_eagle[\w.]*)", README))))
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python3?(?:\.11)? -m (vllm_eagle[\w.]*)", BOTH))))
 def test_modules_exist(module: str) -> None:
     path = ROOT / module.replace(".", "/")
     assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or module == "vllm_eagle.patches"
@@ -36,28 +39,28 @@ TABLES = {"heads": heads.table, "ablation": ablation.table, "steps_f32": steps.t
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_the_committed_runs(name: str) -> None:
-    result = json.loads((ROOT / "vllm_eagle" / "bench" / "results" / f"{name}.json").read_text())
-    assert TABLES[name](result) in README
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert TABLES[name](result) in MEASURED
 
 
 def test_speeds_are_those_of_the_committed_runs() -> None:
-    """Every ratio that the README gives with its rounds and tau."""
+    """Every ratio that is given with its rounds and tau."""
     measured = {
         f"{found['ratio']:.2f}x ({', '.join(f'{ratio:.2f}' for ratio in found['ratios'])}; {found['tau']:.2f})"
-        for path in (ROOT / "vllm_eagle" / "bench" / "results").glob("bench_*.json")
+        for path in RESULTS.glob("bench_*.json")
         for variants in json.loads(path.read_text())["concurrency"].values()
         for found in variants.values()
     }
-    told = re.findall(r"\d+\.\d\dx \([\d., ]+; \d+\.\d\d\)", README)
+    told = re.findall(r"\d+\.\d\dx \([\d., ]+; \d+\.\d\d\)", BOTH)
     assert len(told) > 20
     assert set(told) <= measured
 
 
 def test_the_table_holds_the_figures_of_the_committed_runs() -> None:
     for name in ("t0", "t1"):
-        result = json.loads((ROOT / "vllm_eagle" / "bench" / "results" / f"{name}.json").read_text())
+        result = json.loads((RESULTS / f"{name}.json").read_text())
         assert result["identical"] == result["prompts"] == 64
         for variant, tau in result["tau"].items():
-            row = re.search(rf"^\| {variant.removesuffix('_uncoupled')} \|.*$", README, re.M)
+            row = re.search(rf"^\| {variant.removesuffix('_uncoupled')} \|.*$", MEASURED, re.M)
             assert row is not None, variant
             assert f"{tau:.2f}" in row.group(), variant

@@ -36,9 +36,7 @@ def session(llm: LLM, params: SamplingParams) -> list[list[int]]:
 
 def test_sessions_go_on_as_without_trees() -> None:
     kinds = [
-        SamplingParams(
-            temperature=temperature, seed=3, max_tokens=24, output_kind=RequestOutputKind.DELTA, stop_token_ids=stop
-        )
+        SamplingParams(temperature=temperature, seed=3, max_tokens=24, output_kind=RequestOutputKind.DELTA, stop_token_ids=stop)
         for temperature in (0, 1)
         for stop in ([], [COMMON])
     ]

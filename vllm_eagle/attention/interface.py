@@ -1,7 +1,7 @@
 """What the engine asks of a device's attention. One file per device implements it: cpu.py, cuda.py.
 
-- The metadata builder takes the trees of a verification pass: `attach(metadata, batch)` divides the rows of the metadata that it has
-  built into those of the batch's trees and the rest.
+- The metadata builder takes the trees of a verification pass: `attach(metadata, batch)` divides the rows of the metadata that it
+  has built into those of the batch's trees and the rest.
 - The implementation says whether its layer can run trees: `TreeAttention`.
 - The head's passes over tree levels get metadata of their own instead of what the builder makes: `levels.DraftLevels`.
 

@@ -4,9 +4,9 @@ While drafting does not pay, the head is not run over the tokens that the target
 Their features wait here, and the head catches up when drafting pays again. There is room for a limited number of tokens, in memory
 that is allocated once; a request for which there is none decodes to its end without drafts.
 
-What still waits when its request ends is dropped. Where a later prompt finds such tokens in the prefix cache, the head lacks their keys
-and values: it drafts worse after them, and the target's tokens are the same. To run the head over them in time would cost every
-request at full load, for those few that are continued when there is none.
+What still waits when its request ends is dropped. Where a later prompt finds such tokens in the prefix cache, the head lacks their
+keys and values: it drafts worse after them, and the target's tokens are the same. To run the head over them in time would cost
+every request at full load, for those few that are continued when there is none.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
