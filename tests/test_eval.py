@@ -22,8 +22,10 @@ from vllm_eagle.evaluate.accuracy import Accuracy, _count
 from vllm_eagle.evaluate.command import EvalSettings, evaluate
 from vllm_eagle.evaluate.simulate import Replay, _Levels, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
+from vllm_eagle.heads.checkpoint import tensor_names
+from vllm_eagle.heads.formats import conversion_reason, read_config
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
-from vllm_eagle.train.build import load_head
+from vllm_eagle.train.build import load_head, save_head
 from vllm_eagle.train.models import aux_layers
 from vllm_eagle.train.target import FrozenTarget
 from vllm_eagle.train.unroll import UnrolledMemory
@@ -114,6 +116,12 @@ def test_heads_of_other_formats_are_read(random_models: dict[str, Path], tmp_pat
     weights = heads.eagle3_weights("layers.0.")
     other = load_head(heads.write(tmp_path / "speculators", heads.speculators_settings(), weights), target)
     assert other.target_ids.tolist() == (torch.arange(len(weights["d2t"])) + weights["d2t"]).tolist()
+    for name, head in (("biased", biased), ("other", other)):  # what is written again vLLM reads as it is
+        save_head(head, tmp_path / name, torch.float32)
+        assert conversion_reason(read_config(tmp_path / name), tensor_names(tmp_path / name)) is None
+        again = load_head(tmp_path / name, target)
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in head.state_dict().items())
+    assert read_config(tmp_path / "other")["num_aux_hidden_states"] == 3
     texts = write_answers(target, [[5, 6, 7]], 8, 9)
     for head in (biased, other):
         assert replay(head.eval(), read_texts(target, texts, aux_layers(head.config)), TreeConfig(8)).num_nodes > 0

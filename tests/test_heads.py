@@ -89,7 +89,7 @@ def test_eagle1_goes_to_vllm_and_back(fc_bias: bool, qkv_bias: bool, tmp_path: P
     weights = heads.eagle1_weights(fc_bias=fc_bias, qkv_bias=qkv_bias)
     changes: dict[str, Any] = {
         "bias": None if fc_bias else False,
-        "rope_theta": 1e6,
+        "rope_theta": 10000.0,
         "rope_scaling": {"type": "linear", "factor": 2.0},
     }
     source = heads.write(tmp_path / "in", heads.eagle1_settings(**changes), weights, pickled=True)
@@ -99,7 +99,7 @@ def test_eagle1_goes_to_vllm_and_back(fc_bias: bool, qkv_bias: bool, tmp_path: P
     assert found["architectures"] == [BIASED_ARCHITECTURE if fc_bias else "EagleLlamaForCausalLM"]
     assert (found["attention_bias"], found["qkv_bias"], found["mlp_bias"]) == (False, qkv_bias, False)
     assert "bias" not in found  # vLLM would read it as the attention's
-    assert found["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+    assert found["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
     convert(tmp_path / "vllm", tmp_path / "back", "safeailab", None, None)
     assert_same(weights_of(tmp_path / "back"), weights)
@@ -183,7 +183,10 @@ def test_a_missing_t2d_is_made_from_d2t(tmp_path: Path) -> None:
 def test_target_layers_are_counted_as_vllm_counts(target: Path, tmp_path: Path) -> None:
     """SpecForge names layers by their own index, from 1; what vLLM calls k is the output of the k-th layer."""
     theirs = heads.write(tmp_path / "a", heads.specforge_settings([1, 2, 3]), heads.eagle3_weights())
+    with pytest.raises(ValueError, match=r"it counts the target's layers by their own index.*run `vllm-eagle convert"):
+        engine_args(theirs)
     notes = convert(theirs, tmp_path / "a-out", "vllm", None, None)
+    engine_args(tmp_path / "a-out")
     assert settings_of(tmp_path / "a-out")[AUX] == [2, 3, 4]
     assert "names target layers [1, 2, 3] by their own index" in " ".join(notes)
     other = heads.write(tmp_path / "b", heads.specforge_settings([2, 3, 4]), heads.eagle3_weights())
@@ -295,6 +298,7 @@ EAGLE3_REFUSALS: list[tuple[Change, str]] = [
     (setting(target_hidden_size=64), "embed_tokens.weight is missing"),
     (setting(**{AUX: [1, 2]}), "names 2 layers, fc.weight reads 3; name as many"),
     (setting(**{AUX: [1, 2, 2]}), r"\[1, 2, 2\] are not different layers"),
+    (setting(**{AUX: [3, 2, 1]}), r"\[3, 2, 1\] are not different layers in rising order"),
     (setting(**{AUX: "2"}), "is no list of integers"),
     (
         weight("fc.weight", torch.ones(HIDDEN, 4 * HIDDEN)),

@@ -87,6 +87,7 @@ def test_pages_of_other_sites_may_not_read(path: str) -> None:
     with serving(Engine()) as client:
         assert client.get(path, headers={"Origin": "http://evil.example"}).status_code == 403
         assert client.get(path, headers={"Origin": "null"}).status_code == 403
+        assert client.get(path, headers={"Origin": "http://["}).status_code == 403  # no URL
         assert client.get(path, headers={"Origin": "http://server:8000"}).status_code == 200
 
 

@@ -32,6 +32,7 @@ def write(folder: Path, *rows: Any, name: str = "prompts.jsonl") -> Path:
         ({"conversations": [{"from": "user", "value": "a?"}, {"from": "gpt", "value": ""}, {"from": "gpt", "value": 7}]}, QUESTION),
         ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "a?"}]}, BRIEF),
         ({"messages": BRIEF}, BRIEF),
+        ({"messages": [*BRIEF, {"role": "assistant", "content": "A."}]}, BRIEF),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "A."}, *QUESTION], "prompt": "a?"}, None),
         ({"prompt": "a"}, "a"),
         ({"text": "a"}, "a"),

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 ROOT = Path(__file__).parents[1]
 NUM_QUESTIONS = 24
 MAX_TOKENS = 128
-RESOURCES = {"CPU": 1.0, "engine": 1.0}  # of an engine; a node has room for one
+PER_ENGINE = {"CPU": 1.0, "engine": 1.0}  # a node has room for one
 
 
 def example(name: str) -> ModuleType:
@@ -73,7 +73,7 @@ def test_serve_answers_as_plain_vllm(
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
-        serve.run(example("10_ray_serve").application(1, RESOURCES))
+        serve.run(example("10_ray_serve").application(1, PER_ENGINE))
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
             for i, (chat, token_ids) in enumerate(zip(chats, expected["serve"], strict=True)):
                 body = {"messages": chat, "temperature": i % 2, "seed": i, "max_tokens": MAX_TOKENS, "return_token_ids": True}
@@ -104,7 +104,7 @@ def test_batches_are_answered_as_by_plain_vllm_though_a_node_is_lost(
 
     loses = threading.Thread(target=lose, daemon=True)
     loses.start()
-    rows = batch.answered(questions, 2, RESOURCES, batch.ENGINE).map(noted).take_all()
+    rows = batch.answered(questions, 2, PER_ENGINE).map(noted).take_all()
     loses.join(60)
     assert {row["id"]: list(row["token_ids"]) for row in rows} == dict(enumerate(expected["data"]))
     assert sorted(node["Alive"] for node in ray.nodes()) == [False, True]

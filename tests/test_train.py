@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
@@ -234,6 +235,16 @@ def points(folder: Path) -> list[tuple[int, str, float, float]]:
     """Losses and accuracies of a run, without its speed."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(p["step"], p["kind"], p["loss"], p["alpha_0"]) for p in found]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_a_weight(
+    target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = iter([1.0, float("nan")])
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, most: torch.tensor(next(norms)))
+    with pytest.raises(ValueError, match=r"the gradient is nan at step 2; lower --lr"):
+        train(settings(target_path, data, tmp_path / "head", steps=3, log_every=3), progress=False)
+    assert not (tmp_path / "head" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("room", [0.01, 0.0001])
@@ -466,6 +477,7 @@ def _small_eagle3(target: FrozenTarget, token_ids: torch.Tensor) -> Head:
         ({"init": Path("x"), "draft_vocab": 5}, "--init brings its own"),
         ({"aux_layers": (1, 2, 3)}, "--aux-layers is for --method eagle3"),
         ({"method": "eagle3", "aux_layers": (1, 1, 3)}, "--aux-layers needs three different"),
+        ({"method": "eagle3", "aux_layers": (3, 2, 1)}, "--aux-layers needs three different layers in rising order"),
         ({"cache_gb": 1.0}, "--cache-dir and --cache-gb belong together"),
         ({"weights": LossWeights(num_steps=0)}, "--unroll-steps must be at least 1"),
     ],

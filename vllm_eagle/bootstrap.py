@@ -44,6 +44,7 @@ def main() -> int:
         ]
     if args.dev:
         steps.append([*pip, "-r", str(ROOT / "vllm_eagle" / "dev.lock")])
+    if args.dev and args.device != "cuda":
         # Without their dependencies, which would replace the locked torch: what the checks against other projects' formats need.
         steps.append([*pip, "--no-deps", "-r", str(ROOT / "vllm_eagle" / "interop.lock")])
     for step in steps:

@@ -16,8 +16,8 @@ NUM_ROUNDS = 3
 def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_prompts: int) -> int:
     """Generate greedily and sampled, with and without trees, in float32. Returns 0 if all tokens are identical."""
     TreeConfig(num_draft_tokens=num_draft_tokens)
-    if max_tokens < 2 or num_prompts < 1:
-        raise ValueError("--max-tokens must be at least 2 and --prompts at least 1")
+    if max_tokens < 3 or num_prompts < 1:  # the first token comes with the prompt, the last one needs no draft
+        raise ValueError("--max-tokens must be at least 3 and --prompts at least 1")
     prepare_environment()
     import numpy as np
     from vllm import SamplingParams

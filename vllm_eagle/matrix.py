@@ -22,7 +22,7 @@ WORKS = (
     ("4-bit weights (compressed-tensors W4A16)", "the head stays unquantized", "test_combine"),
     ("tensor parallelism", "an exception in drafting ends the server there", "test_combine"),
     ("several API servers", "without our metrics in /metrics: scrape /eagle/metrics", "test_examples_serve"),
-    ("Ray Data and Ray Serve", "also when a node is lost", "test_ray"),
+    ("Ray Data and Ray Serve", "a batch also when a node is lost", "test_ray"),
     ("sessions whose prompt goes on after an answer", "without drafts", "test_sessions"),
     ("Llama, Qwen2, Qwen3, Mistral", "", "test_families"),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats through vllm-eagle convert", "test_biased_head"),

@@ -77,7 +77,7 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
                 raise ValueError(
                     f"attention takes blocks of {sizes} tokens where block_size is {planned}: give --block-size so much"
                 )
-        self._caches = {gid: Caches.of([layer.kv_cache for layer in layers]) for gid, layers in self._target_layers()}
+        self._caches = [(gid, Caches.of([layer.kv_cache for layer in layers])) for gid, layers in self._target_layers()]
 
     def warm_up_kernels(self) -> None:
         """Launch our kernels in the variants that steps will want, so that no request waits for their compilation.
@@ -98,7 +98,7 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
                 )
         one = torch.ones(1, dtype=torch.int64, device=self.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)  # vLLM's null block
-        for caches in self._caches.values():
+        for _, caches in self._caches:
             move_accepted(caches, table, one, table)
         for layer in self._distinct_layers():
             self._warm_up_attention(layer)
@@ -143,7 +143,7 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
         for row, path in zip(padded, paths, strict=True):
             row[: len(path)] = path
         sent = [async_tensor_h2d(x, device=self.device) for x in (batch.req_indices, batch.context_lens, padded)]
-        for gid, caches in self._caches.items():
+        for gid, caches in self._caches:
             block_table = self.input_batch.block_table[gid].get_device_tensor(self.input_batch.num_reqs)
             move_accepted(caches, block_table[sent[0]], *sent[1:])
 

@@ -254,14 +254,18 @@ class EagleTreeRunner(DraftPlanning):
         raise NotImplementedError
 
     def _target_layers(self) -> Iterator[tuple[int, list[Attention]]]:
-        """Layers whose caches hold tree nodes, by group of the cache; the head's own layer holds none."""
+        """Layers whose caches hold tree nodes, with the group of the cache: together those whose caches have one shape.
+
+        The head's own layer holds none.
+        """
         context = self.compilation_config.static_forward_context
         for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            names = [name for name in group.layer_names if name not in self.drafter._draft_attn_layer_names]
-            # Layers that share a cache are taken once.
-            layers = list({context[name].kv_cache.data_ptr(): context[name] for name in names}.values())
-            if layers:
-                yield gid, layers
+            layers = [context[name] for name in group.layer_names if name not in self.drafter._draft_attn_layer_names]
+            by_shape: dict[torch.Size, list[Attention]] = {}
+            for layer in {layer.kv_cache.data_ptr(): layer for layer in layers}.values():  # those that share a cache once
+                by_shape.setdefault(layer.kv_cache.shape, []).append(layer)
+            for alike in by_shape.values():
+                yield gid, alike
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         # For requests whose prompt is not complete vLLM rewinds the generator by one draw, which CPU generators cannot do. The

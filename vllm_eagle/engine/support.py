@@ -198,13 +198,13 @@ def _aux_layers(config: VllmConfig) -> str | None:
     named = getattr(hf_config, "eagle_aux_hidden_state_layer_ids", None) or eagle_config.get("eagle_aux_hidden_state_layer_ids")
     num_layers = config.model_config.get_total_num_hidden_layers()
     layers = list(named or (2, num_layers // 2, num_layers - 3))
-    if len(set(layers)) == len(layers) and all(0 <= layer <= num_layers for layer in layers):
+    if layers == sorted(set(layers)) and all(0 <= layer <= num_layers for layer in layers):  # vLLM sorts what is named
         if not named:
             logger.warning("The head does not name the target layers it was trained on; vLLM assumes %s.", layers)
         return None
     return (
-        f"head: {spec.draft_model_config.model} would read layers {layers} of a target with {num_layers}; "
-        "set eagle_aux_hidden_state_layer_ids in its config.json to the layers it was trained on"
+        f"head: {spec.draft_model_config.model} would read layers {layers} of a target with {num_layers}, not different ones in "
+        "rising order; set eagle_aux_hidden_state_layer_ids in its config.json to the layers it was trained on"
     )
 
 

@@ -152,8 +152,11 @@ def _aux_problems(head: Head) -> list[str]:
         return []
     if len(head.aux_layers) != head.num_aux:
         return [f"{AUX_LAYERS} names {len(head.aux_layers)} layers, fc.weight reads {head.num_aux}; name as many (--aux-layers)"]
-    if len(set(head.aux_layers)) != head.num_aux or min(head.aux_layers) < 0:
-        return [f"{AUX_LAYERS} {list(head.aux_layers)} are not different layers; name those of the training (--aux-layers)"]
+    if list(head.aux_layers) != sorted(set(head.aux_layers)) or min(head.aux_layers) < 0:
+        return [
+            f"{AUX_LAYERS} {list(head.aux_layers)} are not different layers in rising order, in which vLLM reads them; "
+            "name those of the training (--aux-layers)"
+        ]
     return []
 
 

@@ -35,7 +35,9 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: there are none, or a shard is missing.
     """
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.bin"):
-        index = next(iter(sorted(folder.glob(f"{pattern}.index.json"))), None)
+        # "model.safetensors.index.json" before other publications of the same weights, such as "consolidated".
+        indices = sorted(folder.glob(f"{pattern}.index.json"), key=lambda file: (not file.name.startswith("model"), file.name))
+        index = next(iter(indices), None)
         found = sorted(folder.glob(pattern))
         if index is not None:
             return _shards(index)

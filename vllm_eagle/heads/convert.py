@@ -149,8 +149,13 @@ def _not_in_safeailabs_code(head: Head, target: Target | None) -> list[str]:
     found += ["a bias of o_proj"] if head.has_bias("o") else []
     found += ["biases in the MLP"] if head.has_bias("mlp") else []
     found += ["q_norm and k_norm"] if head.model_type == "qwen3" else []
+    rope, theta = head.layer["rope_parameters"]["rope_type"], head.layer["rope_parameters"]["rope_theta"]
+    if rope not in ("default", "linear", "dynamic"):
+        found += [f"a rotary embedding of type {rope}"]
+    elif rope != "default" and theta != 10000:  # which it takes for granted where it scales
+        found += [f"a scaled rotary embedding of base {theta}"]
     if head.kind == "EAGLE-1":
-        return found
+        return found + (["heads narrower or wider than hidden_size"] if head.head_dim * head.num_heads != head.hidden_size else [])
     found += ["biases of q, k and v"] if head.has_bias("qkv") else []
     found += ["several layers"] if head.num_layers > 1 else []
     found += [f"{head.num_aux} target layers"] if head.num_aux != 3 else []

@@ -149,6 +149,8 @@ def conversion_reason(config: Mapping[str, Any], names: Set[str]) -> str | None:
     """Why vLLM cannot serve a head with this config.json and these tensors until it is converted; None if it can."""
     if "fc.bias" in names and BIASED_ARCHITECTURE not in (config.get("architectures") or []):
         return "its fc.bias has no place in vLLM's own EAGLE class"
+    if _counts_from_one_less(config, names):
+        return "it counts the target's layers by their own index, vLLM by their outputs, which is one more"
     settings = config.get("transformer_layer_config") or config
     # How vLLM's Llama layers read their settings; `bias` there is the attention's, not fc's.
     attention, either = settings.get("attention_bias", False), settings.get("attention_bias") or settings.get("bias", False)
@@ -222,10 +224,20 @@ def _aux_layers(file: Path, config: Mapping[str, Any], kind: Kind, names: Set[st
         return None, False
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
         raise ValueError(f"{file}: {AUX_LAYERS} is no list of integers; correct it or give --aux-layers")
-    # Two ways of counting are about. Trainers that write the list under eagle_config, beside `midlayer.` weights, and start with 1
-    # name layers by their own index, of whose outputs vLLM says one more; SGLang tells the two apart by the same 1.
-    shifted = not config.get(AUX_LAYERS) and layers[0] == 1 and any(name.startswith("midlayer.") for name in names)
+    shifted = _counts_from_one_less(config, names)
     return tuple(layer + shifted for layer in layers), shifted
+
+
+def _counts_from_one_less(config: Mapping[str, Any], names: Set[str]) -> bool:
+    """Whether target layers are named in the other one of the two ways of counting that are about.
+
+    Trainers that write the list under eagle_config, beside `midlayer.` weights, and start with 1 name layers by their own index, of
+    whose outputs vLLM says one more; SGLang tells the two apart by the same 1.
+    """
+    layers = (config.get("eagle_config") or {}).get(AUX_LAYERS)
+    if config.get(AUX_LAYERS) or not isinstance(layers, list):
+        return False
+    return layers[:1] == [1] and any(name.startswith("midlayer.") for name in names)
 
 
 def _norm_flag(file: Path, config: Mapping[str, Any], flag: str) -> bool:

@@ -73,7 +73,7 @@ class EaglePage:
     def _guarded(self, answer: Callable[[Feed], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
             origin = request.headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            if origin is not None and not _is_own(origin, request.headers.get("host")):
                 # vLLM lets pages of any site read its answers; these may hold what users wrote.
                 return _problem(403, "Only the page of this server may read this.")
             if self._keys is not None and not self._keys.verify_token(request.headers):
@@ -85,6 +85,13 @@ class EaglePage:
             return await answer(self._feed)
 
         return guarded
+
+
+def _is_own(origin: str, host: str | None) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:  # no URL at all
+        return False
 
 
 async def _data(feed: Feed) -> Response:

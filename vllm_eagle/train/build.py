@@ -35,8 +35,8 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
         return MedusaHead(head_config(target.config), target.embed, target.lm_head, settings.loss.num_steps), {}
     num_layers = target.config.num_hidden_layers
     layers = list(settings.aux_layers or default_aux_layers(num_layers))
-    if len(set(layers)) != 3 or not all(0 <= layer <= num_layers for layer in layers):
-        raise ValueError(f"--aux-layers {layers}: choose three different numbers from 0 to {num_layers}, the target's layers")
+    if not all(0 <= layer <= num_layers for layer in layers):
+        raise ValueError(f"--aux-layers {layers}: choose numbers from 0 to {num_layers}, the target's layers")
     size = min(settings.draft_vocab, target.config.vocab_size)
     head = Eagle3Head(head_config(target.config, size, layers), target.embed)
     counts = count_tokens(((e.token_ids, e.loss_mask) for e in examples), target.config.vocab_size)
@@ -127,7 +127,8 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
         "num_hidden_layers": 1,
         "num_key_value_heads": found.num_kv_heads,
         "head_dim": found.head_dim,
-        "attention_bias": found.has_bias("qkv"),
+        "attention_bias": False,  # vLLM would give one to o_proj, too
+        "qkv_bias": found.has_bias("qkv"),
         "tie_word_embeddings": False,
     }
     if found.kind == "EAGLE-1":
@@ -137,6 +138,7 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
     eagle3 = {
         "draft_vocab_size": found.draft_vocab_size,
         "target_hidden_size": found.target_hidden_size,
+        "num_aux_hidden_states": found.num_aux,  # without it vLLM's Llama class takes 3, whatever layers are named
         "eagle_aux_hidden_state_layer_ids": list(found.aux_layers or known.default_aux_layers),
     }
     return Eagle3Head(LlamaConfig(**settings, **eagle3, **found.norms, architectures=["LlamaForCausalLMEagle3"]), target.embed)

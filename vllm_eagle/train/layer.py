@@ -29,7 +29,7 @@ class Attention(nn.Module):
     def __init__(self, config: Any, input_size: int):
         super().__init__()
         self.head_dim = config.head_dim
-        bias = bool(getattr(config, "attention_bias", False))
+        bias = bool(getattr(config, "qkv_bias", False))
         self.q_proj = nn.Linear(input_size, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=bias)

@@ -93,7 +93,7 @@ class _Run:
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.num_steps = settings.steps or math.ceil(settings.epochs * self.batches.num_batches() / settings.accumulate)
         data_hash = file_hash(settings.data)
-        self.cache = self._open_cache(examples, rank)
+        self.cache = self._open_cache(rank)
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         if resume_from is not None:
             resume.check_same(out, {"data_sha256": data_hash, "processes": world})
@@ -169,7 +169,9 @@ class _Run:
                 outcome: Outcome = self.objective(*inputs)
             self.accelerator.backward(outcome.loss * share)
             if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
+                norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.grad_clip)
+                if not math.isfinite(norm):  # the same on all processes; a step would make weights of it
+                    raise ValueError(f"the gradient is {float(norm)} at step {self.step + 1}; lower --lr and start again")
             self.optimizer.step()
             self.optimizer.zero_grad()
         return outcome
@@ -230,16 +232,16 @@ class _Run:
         warm = min(1.0, (self.step + 1) / self.settings.warmup) if self.settings.warmup else 1.0
         return self.settings.lr * warm * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
 
-    def _open_cache(self, examples: list[Example], rank: int) -> FeatureCache | None:
+    def _open_cache(self, rank: int) -> FeatureCache | None:
         settings = self.settings
         if settings.cache_dir is None:
             return None
         tokens = hashlib.sha256()
-        for example in examples:
+        for example in self.train_examples:  # entries go by their number here, which the held-out ones and so the processes decide
             tokens.update(example.token_ids.numpy().tobytes() + b"|")
         files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(settings.target).glob("*.safetensors"))}
         identity: dict[str, Any] = {"target": settings.target, "weights": files, "tokens": tokens.hexdigest()}
-        identity |= {"dtype": settings.dtype, "aux_layers": self.aux, "holdout": settings.holdout}
+        identity |= {"dtype": settings.dtype, "aux_layers": self.aux}
         limit = int(settings.cache_gb * 2**30) // self.accelerator.num_processes
         return FeatureCache(settings.cache_dir, limit, identity, rank)
 

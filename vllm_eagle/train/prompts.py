@@ -1,6 +1,6 @@
 """Prompts of a file: what is asked, and none of the answers. All commands that take `--prompts` read it here.
 
-    {"messages": [{"role": "user", "content": "..."}, ...]}       OpenAI chat, as it stands
+    {"messages": [{"role": "user", "content": "..."}, ...]}       OpenAI chat, without answers at its end
     {"conversations": [{"from": "human", "value": "..."}, ...]}   ShareGPT, up to the first answer
     {"turns": ["...", "..."]}                                     question.jsonl of MT-bench and Spec-Bench, the first turn
     {"prompt": "..."}, {"text": "..."}                            plain text, to be continued
@@ -8,6 +8,7 @@
 .jsonl files hold one row per line, .json files one array of rows (or lines, too); each may be gzipped.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,11 @@ def _prompt(row: dict[str, Any]) -> str | list[Message]:
         messages: list[Message] = row["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
             raise RowError("unknown row shape", '"messages" is no list of objects, or an empty one')
-        return messages
+        answers = itertools.takewhile(lambda turn: turn.get("role") == "assistant", reversed(messages))
+        asked = messages[: len(messages) - len(list(answers))]
+        if not asked:
+            raise RowError("no user turn", "there is nothing to answer")
+        return asked
     if "conversations" in row:
         return _up_to_the_first_answer(row["conversations"])
     if "turns" in row:

@@ -168,6 +168,8 @@ def parse_messages(turns: Any) -> list[Message]:
             raise RowError("unknown role", f"turn {i}: {name!r}"[:80])
         if turn.get("tool_calls") or turn.get("function_call"):
             raise RowError("tool calls", f"turn {i}: only text can be trained on")
+        if turn.get("reasoning_content") or turn.get("reasoning"):
+            raise RowError("reasoning in its own field", f"turn {i}: write it into content, as the target's template does")
         content = parse_content(turn.get("content", turn.get("value")), f"turn {i}")
         if before not in BEFORE[role]:
             raise RowError("wrong role order", f"turn {i}: {role} after {before}" if before else f"starts with {role}")

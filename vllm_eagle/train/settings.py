@@ -104,8 +104,10 @@ class TrainSettings:
             raise ValueError("--init brings its own --aux-layers and --draft-vocab; remove them")
         if self.aux_layers is not None and self.method != "eagle3":
             raise ValueError(f"--aux-layers is for --method eagle3, this is {self.method}; remove it")
-        if self.aux_layers is not None and len(set(self.aux_layers)) != 3:
-            raise ValueError(f"--aux-layers needs three different layers, got {list(self.aux_layers)}")
+        if self.aux_layers is not None and (len(self.aux_layers) != 3 or list(self.aux_layers) != sorted(set(self.aux_layers))):
+            raise ValueError(
+                f"--aux-layers needs three different layers in rising order, in which vLLM reads them, got {list(self.aux_layers)}"
+            )
         if bool(self.cache_dir) != (self.cache_gb > 0):
             raise ValueError("--cache-dir and --cache-gb belong together; give both, or neither to compute features on the fly")
 
