@@ -133,15 +133,16 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
     }
     if found.kind == "EAGLE-1":
         architecture = BIASED_ARCHITECTURE if found.fc_bias else "LlamaForCausalLM"
-        config = LlamaConfig(**settings, architectures=[architecture], fc_bias=found.fc_bias)
+        config = LlamaConfig(**settings | {"architectures": [architecture], "fc_bias": found.fc_bias})
         return EagleHead(config, target.embed, target.lm_head)
-    eagle3 = {
+    eagle3: dict[str, Any] = {
         "draft_vocab_size": found.draft_vocab_size,
         "target_hidden_size": found.target_hidden_size,
         "num_aux_hidden_states": found.num_aux,  # without it vLLM's Llama class takes 3, whatever layers are named
         "eagle_aux_hidden_state_layer_ids": list(found.aux_layers or known.default_aux_layers),
     }
-    return Eagle3Head(LlamaConfig(**settings, **eagle3, **found.norms, architectures=["LlamaForCausalLMEagle3"]), target.embed)
+    eagle3 |= found.norms | {"architectures": ["LlamaForCausalLMEagle3"]}
+    return Eagle3Head(LlamaConfig(**settings | eagle3), target.embed)
 
 
 def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
