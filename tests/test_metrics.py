@@ -294,7 +294,7 @@ def test_the_log_has_one_line_per_interval_and_none_when_idle(said: list[str]) -
         engine.metrics.count_decision("switched_off", 5)
         stats.log()
     assert said == [
-        "Draft trees: tau 3.57 over 9 target passes, 14.3 nodes per tree, acceptance by depth "
+        "Draft trees: tau 3.57 over 7 trees in 9 target passes, 14.3 nodes per tree, acceptance by depth "
         "0.71 0.80 1.00 0.25 1.00 1.00 1.00 1.00, draft 15 % verify 25 % accept 2 % compact 1 % of the time",
         "Draft trees: none in 5 target passes (switched_off 5)",
     ]

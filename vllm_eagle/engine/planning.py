@@ -65,7 +65,7 @@ class DraftPlanning(GPUModelRunner):
         def target_pass(num_tokens: int) -> None:
             hidden, _ = self._dummy_run(num_tokens)
             if self.lora_config is None:  # with adapters, logits want a real batch
-                self.model.compute_logits(hidden[:num_tokens])
+                self.model.compute_logits(hidden[: min(num_tokens, self.most_nodes)])  # of the rest of a prompt there are none
             self._sync_device()
 
         def committed_pass(num_tokens: int) -> None:
@@ -79,7 +79,7 @@ class DraftPlanning(GPUModelRunner):
 
         self.drafter.measuring_target = True
         try:
-            target = costs.measure(target_pass, self.most_nodes)
+            target = costs.measure(target_pass, self.max_num_tokens)  # there are prompts in passes, too
         finally:
             self.drafter.measuring_target = False
         head = costs.measure(head_pass, self.most_nodes)

@@ -77,7 +77,7 @@ def log_line(metrics: TreeMetrics, seconds: float) -> str | None:
     )
     nodes = int(counts["num_verified"]) / trees
     return (
-        f"Draft trees: tau {metrics.tau:.2f} over {passes} target passes, {nodes:.1f} nodes per tree, "
+        f"Draft trees: tau {metrics.tau:.2f} over {trees} trees in {passes} target passes, {nodes:.1f} nodes per tree, "
         f"acceptance by depth {depths}, {shares} of the time"
     )
 
