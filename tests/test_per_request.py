@@ -81,6 +81,23 @@ def test_a_request_can_have_a_smaller_tree_or_none() -> None:
         assert recorded(llm, params())[0] == expected
 
 
+def test_vllms_schedule_by_batch_size_limits_trees(random_models: dict[str, Path]) -> None:
+    """`num_speculative_tokens_per_batch_size`: first and last number of requests, and most nodes."""
+    prompts = [[i, *PROMPT] for i in range(1, 4)]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    with engine(random_models["target"]) as llm:
+        expected = [tokens(generate(llm, prompts[:number], params)) for number in (1, 2, 3)]
+    options = trees(random_models["eagle"], 16)
+    speculative = {"model": str(options.pop("spec_model")), "num_speculative_tokens": options.pop("spec_tokens")}
+    speculative["num_speculative_tokens_per_batch_size"] = [(1, 1, 16), (2, 2, 5), (3, 64, 0)]
+    with engine(random_models["target"], speculative_config=speculative, **options) as llm:
+        for number, most, answers in zip((1, 2, 3), (17, 6, 1), expected, strict=True):
+            llm.collective_rpc("eagle_trace", args=(1 << 20,))
+            assert tokens(generate(llm, prompts[:number], params)) == answers
+            sizes = [len(tree["parents"]) for tree in llm.collective_rpc("eagle_traced")[0]]
+            assert max(sizes, default=1) == most
+
+
 def test_for_a_request_without_speculation_nothing_is_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is put aside for the head takes memory that others need."""
     put_aside: set[str] = set()
