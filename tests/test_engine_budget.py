@@ -101,7 +101,7 @@ def test_after_a_pause_the_head_drafts_as_if_it_had_never_paused(
 
     def for_all_rows(self: EagleTreeCPUModelRunner, most_draft_tokens: int) -> DraftPlan:
         found = plan(self, most_draft_tokens)
-        return replace(found, rows_now=list(range(len(found.req_ids))))
+        return replace(found, rows_now=list(range(len(found.req_ids))), rows_later=[])
 
     monkeypatch.setattr(EagleTreeCPUModelRunner, "_plan", for_all_rows)
     depths(lambda step: 8 if step % 9 == 8 else 0)
