@@ -9,6 +9,7 @@ Two minutes on two cores.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def answered(questions: ray.data.Dataset, engines: int, per_engine: dict[str, fl
 def main(questions: str = "", out: str = "", engines: str = "1") -> None:
     """Answer, print the first answers and write all of them."""
     lines = Path(questions or BUILT_IN).read_text(encoding="utf-8").splitlines()[: None if questions else 16]
-    ray.init()
+    # Ray counts CPUs for the stages before and after the engines, too; with them it is more than a small machine has.
+    ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else 4 + int(engines))
     numbered = ray.data.from_items([{"id": i, "messages": json.loads(line)["messages"]} for i, line in enumerate(lines)])
     rows = sorted(answered(numbered, int(engines), PER_ENGINE).take_all(), key=lambda row: row["id"])
     for row in rows[:3]:
