@@ -1,7 +1,5 @@
 """Sessions whose prompt goes on after an answer (AsyncLLM's streaming input): the same answers as without trees."""
 
-from typing import Any
-
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -26,7 +24,8 @@ def session(llm: LLM, params: SamplingParams) -> list[list[int]]:
         answers.append([])
         finished = False
         while not finished:
-            outputs: dict[int, Any] = core.step_fn()[0]
+            outputs, model_executed = core.step_fn()
+            core.post_step(model_executed=model_executed)
             for output in outputs[0].outputs if outputs else []:
                 answers[-1] += output.new_token_ids
                 finished = output.finish_reason is not None
