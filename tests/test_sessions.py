@@ -10,10 +10,11 @@ TURNS = ("Tom has 3 apples and buys 4 more. How many are there? ", " Then he eat
 COMMON = 224  # a token that the model likes to use: an answer that ends with it ends within a tree
 
 
-def session(llm: LLM, params: SamplingParams) -> list[list[int]]:
-    """Token ids of each answer of one session, by the engine's core, which AsyncLLM talks to."""
+def session(llm: LLM, params: SamplingParams) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of each answer of one session, and what each goes on from, by the engine's core, which AsyncLLM talks to."""
     processor, core = llm.llm_engine.input_processor, llm.llm_engine.engine_core.engine_core
     answers: list[list[int]] = []
+    contexts: list[list[int]] = []
     for turn in TURNS:
         ids = llm.get_tokenizer().encode(turn, add_special_tokens=False)
         request = processor.process_inputs(
@@ -21,6 +22,7 @@ def session(llm: LLM, params: SamplingParams) -> list[list[int]]:
         )
         request.external_req_id = "session"
         core.add_request(*core.preprocess_add_request(request))
+        contexts.append(list(core.scheduler.requests["session"].all_token_ids))
         answers.append([])
         finished = False
         while not finished:
@@ -30,7 +32,7 @@ def session(llm: LLM, params: SamplingParams) -> list[list[int]]:
                 answers[-1] += output.new_token_ids
                 finished = output.finish_reason is not None
     core.abort_requests(["session"])
-    return answers
+    return answers, contexts
 
 
 def test_sessions_go_on_as_without_trees() -> None:
@@ -41,6 +43,6 @@ def test_sessions_go_on_as_without_trees() -> None:
     ]
     with engine(TARGET) as llm:
         expected = [session(llm, params) for params in kinds]
-    assert any(answer[-1] == COMMON for answers in expected for answer in answers)
+    assert any(answer[-1] == COMMON for answers, _ in expected for answer in answers)
     with engine(TARGET, **trees(HEAD)) as llm:
         assert [session(llm, params) for params in kinds] == expected
