@@ -283,6 +283,10 @@ DEEP = "[" * 100_000
         (sharegpt(("system", "Be brief."), ("system", "Be nice."), ("human", "a?"), ("gpt", "B.")), "wrong role order"),
         (sharegpt(("tool", "42"), ("gpt", "B.")), "wrong role order"),
         ({"messages": [*DIALOGUE[:2], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tool calls"),
+        (
+            {"messages": [*DIALOGUE[:2], {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]},
+            "reasoning in its own field",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.islower() else "row",
 )

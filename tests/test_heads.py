@@ -338,6 +338,14 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
     spec = heads.write(tmp_path / "spec", heads.speculators_settings(), heads.eagle3_weights("layers.0."))
     with pytest.raises(ValueError, match="cannot load an EAGLE-3 head with norm_before_residual; use --to vllm"):
         convert(spec, tmp_path / "out", "safeailab", None, None)
+    rotary: list[tuple[dict[str, Any], str]] = [
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}, "a scaled rotary embedding of base 1000000.0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "a rotary embedding of type llama3"),
+    ]
+    for i, (changes, why) in enumerate(rotary):
+        odd = heads.write(tmp_path / f"rotary{i}", heads.eagle1_settings(**changes), heads.eagle1_weights())
+        with pytest.raises(ValueError, match=f"cannot load an EAGLE-1 head with {why}; use --to vllm"):
+            convert(odd, tmp_path / "out", "safeailab", None, None)
     assert not (tmp_path / "out").exists()
 
 
