@@ -44,9 +44,9 @@ def main() -> int:
         ]
     if args.dev:
         steps.append([*pip, "-r", str(ROOT / "vllm_eagle" / "dev.lock")])
-    if args.dev and args.device != "cuda":
-        # Without their dependencies, which would replace the locked torch: what the checks against other projects' formats need.
-        steps.append([*pip, "--no-deps", "-r", str(ROOT / "vllm_eagle" / "interop.lock")])
+        if args.device != "cuda":
+            # Without their dependencies, which would replace the locked torch: for the checks against other projects' formats.
+            steps.append([*pip, "--no-deps", "-r", str(ROOT / "vllm_eagle" / "interop.lock")])
     for step in steps:
         print("$", *step, flush=True)
         if subprocess.run(step, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}, check=False).returncode != 0:

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm_eagle.attention.interface import CUDA_BACKENDS
 from vllm_eagle.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.engine.devices import V2_RUNNER
+from vllm_eagle.heads.formats import in_vllms_order
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
@@ -198,7 +199,7 @@ def _aux_layers(config: VllmConfig) -> str | None:
     named = getattr(hf_config, "eagle_aux_hidden_state_layer_ids", None) or eagle_config.get("eagle_aux_hidden_state_layer_ids")
     num_layers = config.model_config.get_total_num_hidden_layers()
     layers = list(named or (2, num_layers // 2, num_layers - 3))
-    if layers == sorted(set(layers)) and all(0 <= layer <= num_layers for layer in layers):  # vLLM sorts what is named
+    if in_vllms_order(layers) and all(0 <= layer <= num_layers for layer in layers):
         if not named:
             logger.warning("The head does not name the target layers it was trained on; vLLM assumes %s.", layers)
         return None

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from vllm_eagle.heads import checkpoint
-from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP, Head
+from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP, Head, in_vllms_order
 
 EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "model.language_model.embed_tokens.weight")
 LM_HEADS = ("lm_head.weight", "model.lm_head.weight")
@@ -152,7 +152,7 @@ def _aux_problems(head: Head) -> list[str]:
         return []
     if len(head.aux_layers) != head.num_aux:
         return [f"{AUX_LAYERS} names {len(head.aux_layers)} layers, fc.weight reads {head.num_aux}; name as many (--aux-layers)"]
-    if list(head.aux_layers) != sorted(set(head.aux_layers)) or min(head.aux_layers) < 0:
+    if not in_vllms_order(head.aux_layers) or min(head.aux_layers) < 0:
         return [
             f"{AUX_LAYERS} {list(head.aux_layers)} are not different layers in rising order, in which vLLM reads them; "
             "name those of the training (--aux-layers)"

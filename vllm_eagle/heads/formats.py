@@ -12,7 +12,7 @@ final norm and an LM head of their own, often over a part of the vocabulary: `ta
     vllm         layers are `layers.N.`                      flat; `bias` would mean biases of the attention
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -226,6 +226,11 @@ def _aux_layers(file: Path, config: Mapping[str, Any], kind: Kind, names: Set[st
         raise ValueError(f"{file}: {AUX_LAYERS} is no list of integers; correct it or give --aux-layers")
     shifted = _counts_from_one_less(config, names)
     return tuple(layer + shifted for layer in layers), shifted
+
+
+def in_vllms_order(layers: Sequence[int]) -> bool:
+    """Whether target layers are named as vLLM hands their features over: each once, from the lowest to the highest."""
+    return list(layers) == sorted(set(layers))
 
 
 def _counts_from_one_less(config: Mapping[str, Any], names: Set[str]) -> bool:

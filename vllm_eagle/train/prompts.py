@@ -8,7 +8,6 @@
 .jsonl files hold one row per line, .json files one array of rows (or lines, too); each may be gzipped.
 """
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,11 @@ def _prompt(row: dict[str, Any]) -> str | list[Message]:
         messages: list[Message] = row["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
             raise RowError("unknown row shape", '"messages" is no list of objects, or an empty one')
-        answers = itertools.takewhile(lambda turn: turn.get("role") == "assistant", reversed(messages))
-        asked = messages[: len(messages) - len(list(answers))]
-        if not asked:
+        while messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        if not messages:
             raise RowError("no user turn", "there is nothing to answer")
-        return asked
+        return messages
     if "conversations" in row:
         return _up_to_the_first_answer(row["conversations"])
     if "turns" in row:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_eagle.heads.formats import in_vllms_order
 from vllm_eagle.train.objective import LossWeights
 
 Method = Literal["eagle", "eagle3", "medusa"]
@@ -104,7 +105,7 @@ class TrainSettings:
             raise ValueError("--init brings its own --aux-layers and --draft-vocab; remove them")
         if self.aux_layers is not None and self.method != "eagle3":
             raise ValueError(f"--aux-layers is for --method eagle3, this is {self.method}; remove it")
-        if self.aux_layers is not None and (len(self.aux_layers) != 3 or list(self.aux_layers) != sorted(set(self.aux_layers))):
+        if self.aux_layers is not None and (len(self.aux_layers) != 3 or not in_vllms_order(self.aux_layers)):
             raise ValueError(
                 f"--aux-layers needs three different layers in rising order, in which vLLM reads them, got {list(self.aux_layers)}"
             )
