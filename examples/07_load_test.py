@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 from openai import AsyncOpenAI
 
-from vllm_eagle.bench.offline import BUILT_IN_PROMPTS
+from vllm_eagle.bench.engines.offline import BUILT_IN_PROMPTS
 
 
 @dataclass

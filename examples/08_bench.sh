@@ -7,6 +7,6 @@
 set -euo pipefail
 FOLDER=${1:-bench}
 PACKAGE=$(python -c "import pathlib, vllm_eagle; print(pathlib.Path(vllm_eagle.__file__).parent)")
-[[ -d $FOLDER/target ]] || python -m vllm_eagle.bench.grow "$PACKAGE/pair/target" "$FOLDER/target"
+[[ -d $FOLDER/target ]] || python -m vllm_eagle.bench.speed.grow "$PACKAGE/pair/target" "$FOLDER/target"
 vllm-eagle bench --model "$FOLDER/target" --head "$PACKAGE/pair/head" --threads 2 --out "$FOLDER/results" \
     --only vllm_chain3 fixed trees --concurrency 1 4 16 64 --rounds 5

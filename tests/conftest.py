@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 
 from tests import models
-from tests.server import TREES, Pair, servers
+from tests.serving.server import TREES, Pair, servers
 
 settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")

@@ -1,33 +1,49 @@
 """EAGLE draft trees for stock vLLM. One step, and where it is written:
 
-    draft    grow a tree per request with the EAGLE head              draft.py, shapes.py, noise.py; engine/proposer.py
-             as deep, and keep as much of it, as pays                 budget.py, cost_curve.py, calibration.py;
-                                                                      engine/planning.py, costs.py, backlog.py
-    verify   one target pass over all nodes of all requests           verify.py; attention/; engine/runner.py
-    accept   sample along the tree with vLLM's sampler, keep the path accept.py, node_noise.py; engine/scorer.py
-    compact  move the path's keys and values to their own slots       compact.py; engine/runner.py
+    draft    grow a tree per request with the EAGLE head              algorithm/draft.py, shapes.py, noise.py
+             as deep, and keep as much of it, as pays                 budget/
+    verify   one target pass over all nodes of all requests           algorithm/verify.py; attention/
+    accept   sample along the tree with vLLM's sampler, keep the path algorithm/accept.py, node_noise.py
+    compact  move the path's keys and values to their own slots       algorithm/compact.py
 
-Read tree.py first (what a tree is), then the four above. They know nothing of vLLM; engine/ does, attention/ (a backend),
-plugin.py (the entry point), serving/ (metrics and the live page), llm.py and bench/, and nothing else.
+Read algorithm/tree.py first (what a tree is), then the four above. Who runs them in vLLM: engine/v1/ (runner.py is a step;
+proposer.py drafts, scorer.py verifies and accepts, planning.py asks the budget).
 
-What users set: config.py and flags.py (options), per_request.py (one request's), serve.py (turned into vLLM's). What operators see:
-metrics.py counts in the worker, stats_file.py carries it to the server, serving/ shows it, matrix.py lists what works together.
-native/ is the C++ that CPUs run in place of torch, where one call saves many. bench/ measures speed and simulates other hardware.
-train/ makes heads, evaluate/ measures them without vLLM, heads/ converts and inspects them; pair/ is a small model with its head.
+    algorithm/   trees in tensors and numbers; knows nothing of vLLM. config.py: what a tree can be asked to be
+    budget/      how much to draft and verify: planning, keeping, and learning what passes cost and drafts are worth
+    ops/         Triton kernels; native/: C++ for CPUs. Both in place of torch, where one call saves many
+    attention/   backends of vLLM with tree rows, one file per device and backend
+    engine/      vLLM's workers and runners with trees; v1/ is the one for its V1 runner
+    options/     what users set: flags, one request's, a device's; as vLLM's engine arguments
+    plugin.py    the entry point that vLLM calls; llm.py is its LLM class with trees
+    metrics/     counted in the worker; serving/: shown by the server, as metrics, log lines and a page
+    heads/       heads as files: told apart, checked, converted
+    train/       makes heads; evaluate/ measures them; neither needs vLLM
+    bench/       measurements: passes, speed, soak, GPUs
+    commands/    subcommands of `vllm-eagle`, which cli.py dispatches; bootstrap.py sets up a machine
+    pair/        a small model with heads for it; prompts/: questions to ask it
+
+What may import what: tests/house/test_architecture.py.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_eagle.config import TreeConfig
+    from vllm_eagle.algorithm.config import TreeConfig
+    from vllm_eagle.algorithm.tree import DraftTree
     from vllm_eagle.llm import LLM
-    from vllm_eagle.tree import DraftTree
+    from vllm_eagle.options.engine_args import engine_args
 
-__all__ = ["LLM", "DraftTree", "TreeConfig"]
+__all__ = ["LLM", "DraftTree", "TreeConfig", "engine_args"]
 
 # Imported when asked for: bootstrap.py runs before numpy is installed, and vLLM takes seconds.
-_HOMES = {"LLM": "llm", "DraftTree": "tree", "TreeConfig": "config"}
+_HOMES = {
+    "LLM": "llm",
+    "DraftTree": "algorithm.tree",
+    "TreeConfig": "algorithm.config",
+    "engine_args": "options.engine_args",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -49,13 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--markdown", action="store_true", help="the matrix as a Markdown table")
     doctor.set_defaults(run=_doctor)
 
-    from vllm_eagle.train import command as training
+    from vllm_eagle.train.run import command as training
 
     train = commands.add_parser("train", help="train a head for a target: EAGLE-1/2 or EAGLE-3")
     training.add_arguments(train)
     train.set_defaults(run=training.run)
 
-    from vllm_eagle.train import regenerate
+    from vllm_eagle.train.regenerate import command as regenerate
 
     answers = commands.add_parser("regenerate", help="let the target write the answers of training dialogues itself; resumable")
     regenerate.add_arguments(answers)
@@ -119,9 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     bench.set_defaults(run=_bench)
 
-    from vllm_eagle.bench import gpu_check, simulate
+    from vllm_eagle.bench.gpu import check
+    from vllm_eagle.bench.recorded import simulate
 
-    gpu_check.add_arguments(commands.add_parser("gpu-check", help="the GPU kernels against their references, and their times"))
+    check.add_arguments(commands.add_parser("gpu-check", help="the GPU kernels against their references, and their times"))
     simulate.add_arguments(commands.add_parser("simulate", help="what the budget would do and win on other hardware"))
     return parser
 
@@ -140,17 +141,17 @@ def _pair(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from vllm_eagle.demo import run
+    from vllm_eagle.commands.demo import run
 
     return run(*_pair(args), args.num_draft_tokens, args.max_tokens, args.prompts)
 
 
 def _doctor(args: argparse.Namespace) -> int:
     if args.matrix or args.markdown:
-        from vllm_eagle import matrix
+        from vllm_eagle.commands import matrix
 
         return matrix.run(args.markdown)
-    from vllm_eagle.doctor import run
+    from vllm_eagle.commands.doctor import run
 
     return run()
 
@@ -162,14 +163,14 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from vllm_eagle.bench.compare import Settings, run
+    from vllm_eagle.bench.passes.compare import Settings, run
 
     args.model, args.head = _pair(args)
     return run(_fill(Settings, args), args.json)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from vllm_eagle.bench.throughput import Settings, run
+    from vllm_eagle.bench.speed.throughput import Settings, run
 
     if args.replay is not None and (args.model, args.head) != (None, None):
         raise ValueError("--replay makes its own target and head; remove --model and --head")

@@ -5,7 +5,7 @@ from typing import Any
 
 import vllm
 
-from vllm_eagle.serve import DEFAULT_DRAFT_TOKENS, engine_args
+from vllm_eagle.options.engine_args import DEFAULT_DRAFT_TOKENS, engine_args
 
 
 class LLM(vllm.LLM):

@@ -1,13 +1,14 @@
 """`register()`: what vLLM calls in every process (entry point `vllm.general_plugins`). Imports nothing heavy, may run twice.
 
 Three marked wraps, which change nothing unless draft trees are asked for:
-- `EngineArgs.add_cli_args` gets our flags (flags.py), which all end up in `additional_config["vllm_eagle"]`;
-- `EngineArgs.create_engine_config` completes the speculative configuration and names our worker for the device (engine/devices.py);
+- `EngineArgs.add_cli_args` gets our flags (options/flags.py), which all end up in `additional_config["vllm_eagle"]`;
+- `EngineArgs.create_engine_config` completes the speculative configuration and names our worker for the device
+  (options/devices.py);
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
 
 And model classes are added to vLLM's registry, for folders that ask for them by name: converted heads (engine/biased_head.py), and
-the pairs of `vllm-eagle bench --replay` (bench/replay_models.py).
+the pairs of `vllm-eagle bench --replay` (bench/recorded/replay_models.py).
 """
 
 import functools
@@ -15,16 +16,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from vllm_eagle.config import CONFIG_KEY
-from vllm_eagle.engine import devices
-from vllm_eagle.flags import HEAD_OPTIONS, add_flags, flag
+from vllm_eagle.algorithm.config import CONFIG_KEY
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, REPLAYED_ARCHITECTURES
-from vllm_eagle.per_request import RequestOptions
-from vllm_eagle.serve import SCHEDULER, speculative_settings
+from vllm_eagle.options import devices
+from vllm_eagle.options.engine_args import SCHEDULER, speculative_settings
+from vllm_eagle.options.flags import HEAD_OPTIONS, add_flags, flag
+from vllm_eagle.options.per_request import RequestOptions
 
 _MARK = "_vllm_eagle_wraps"
 _MODELS = {BIASED_ARCHITECTURE: "vllm_eagle.engine.biased_head"} | dict.fromkeys(
-    REPLAYED_ARCHITECTURES, "vllm_eagle.bench.replay_models"
+    REPLAYED_ARCHITECTURES, "vllm_eagle.bench.recorded.replay_models"
 )
 
 
@@ -66,7 +67,7 @@ def _with_trees(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     if CONFIG_KEY in (self.additional_config or {}):
         _ask_for_trees(self)
     config = original(self, *args, **kwargs)
-    if is_tree_mode(config.speculative_config):
+    if devices.is_tree_mode(config.speculative_config):
         from vllm_eagle.engine.support import check_supported
 
         check_supported(config)
@@ -109,15 +110,8 @@ def _ask_for_trees(args: Any) -> None:
     args.async_scheduling = False
 
 
-def is_tree_mode(speculative_config: Any) -> bool:
-    """Whether vLLM's SpeculativeConfig belongs to an engine with our worker."""
-    if speculative_config is None or speculative_config.target_parallel_config is None:
-        return False
-    return str(speculative_config.target_parallel_config.worker_cls).startswith("vllm_eagle.")
-
-
 def _unless_trees(original: Callable[..., Any], self: Any, speculative_config: Any) -> None:
-    if is_tree_mode(speculative_config):
+    if devices.is_tree_mode(speculative_config):
         from vllm.exceptions import VLLMValidationError  # the one kind of error that its server lays at the client's door
 
         try:

@@ -17,10 +17,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_eagle.algorithm.verify import TreeBatch
 from vllm_eagle.attention import cpu_cache, cpu_kernel
 from vllm_eagle.attention.levels import DraftLevels
-from vllm_eagle.attention.rows import TreeRows
-from vllm_eagle.verify import TreeBatch
+from vllm_eagle.ops.rows import TreeRows
 
 
 @dataclass

@@ -4,7 +4,8 @@ The C++ operator (native/tree_attention.cpp) unpacks a tile of keys once for all
 context is copied out token by token and goes through torch's scaled_dot_product_attention, tree after tree.
 
 vLLM's wheel has a kernel with a tree mask, too (`extend_attention_cpu`). It reads token by token, so the cache has to be copied
-out first, and it knows no float32; `python -m vllm_eagle.bench.attention` compares (one core with AVX-512, bfloat16, 17 rows).
+out first, and it knows no float32; `python -m vllm_eagle.bench.speed.attention` compares (one core with AVX-512, bfloat16, 17
+rows).
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from vllm_eagle import native
 from vllm_eagle.attention.cpu_cache import PackedLayout, read_blocks
-from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.ops.rows import TreeRows
 
 
 def tree_attention(

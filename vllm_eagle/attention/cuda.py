@@ -40,9 +40,9 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
+from vllm_eagle.algorithm.verify import TreeBatch
 from vllm_eagle.attention.levels import DraftLevels
-from vllm_eagle.attention.rows import TreeRows
-from vllm_eagle.verify import TreeBatch
+from vllm_eagle.ops.rows import TreeRows
 
 _FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
 

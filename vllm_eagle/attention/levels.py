@@ -2,8 +2,8 @@
 
 import torch
 
-from vllm_eagle.attention.rows import TreeRows
-from vllm_eagle.draft import Level
+from vllm_eagle.algorithm.draft import Level
+from vllm_eagle.ops.rows import TreeRows
 
 
 class DraftLevels:

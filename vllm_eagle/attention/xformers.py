@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_eagle.attention.cuda import TreeImpl
 from vllm_eagle.attention.flash import TreeFlashAttentionBackend
-from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.ops.rows import TreeRows
 
 
 class TreeXFormersImpl(TreeImpl, FlashAttentionImpl):

@@ -1,1 +1,1 @@
-"""Measurements: compare.py (tokens per target pass), attention.py (kernels)."""
+"""Measurements. passes/: tokens per target pass; speed/: the clock; the other rooms say what they are."""

@@ -1,1 +1,4 @@
-"""The only files that know vLLM's worker and runner. Read worker, runner, scorer, proposer; seams and support act at start-up."""
+"""The only room that knows vLLM's worker and runner. Here: what any engine shares; v1/ is the one for vLLM's V1 model runner.
+
+seams and support act at start-up; worker is what all workers share.
+"""

@@ -27,89 +27,89 @@ ALLOW_UNTESTED = "VLLM_EAGLE_ALLOW_UNTESTED"
 
 # Of the runners of all devices: method, parameters after self, the file here that relies on it
 _RUNNER = (
-    ("_prepare_inputs", "scheduler_output num_scheduled_tokens", "engine/runner.py"),
+    ("_prepare_inputs", "scheduler_output num_scheduled_tokens", "engine/v1/runner.py"),
     (
         "_build_attention_metadata",
         "num_tokens num_reqs max_query_len num_tokens_padded num_reqs_padded ubatch_slices logits_indices "
         "max_num_sampled_tokens use_spec_decode for_cudagraph_capture num_scheduled_tokens slot_mappings",
-        "engine/runner.py",
+        "engine/v1/runner.py",
     ),
-    ("_sample", "logits spec_decode_metadata", "engine/runner.py"),
-    ("_update_states_after_model_execute", "output_token_ids scheduler_output", "engine/runner.py"),
-    ("_input_fits_in_drafter", "common_attn_metadata", "engine/runner.py"),
-    ("_on_request_state_removed", "req_id req_state", "engine/runner.py"),
-    ("_bookkeeping_sync", "scheduler_output sampler_output logits hidden_states num_scheduled_tokens", "engine/runner.py"),
-    ("execute_model", "scheduler_output intermediate_tensors", "engine/runner.py"),
-    ("sample_tokens", "grammar_output", "engine/runner.py"),
+    ("_sample", "logits spec_decode_metadata", "engine/v1/runner.py"),
+    ("_update_states_after_model_execute", "output_token_ids scheduler_output", "engine/v1/runner.py"),
+    ("_input_fits_in_drafter", "common_attn_metadata", "engine/v1/runner.py"),
+    ("_on_request_state_removed", "req_id req_state", "engine/v1/runner.py"),
+    ("_bookkeeping_sync", "scheduler_output sampler_output logits hidden_states num_scheduled_tokens", "engine/v1/runner.py"),
+    ("execute_model", "scheduler_output intermediate_tensors", "engine/v1/runner.py"),
+    ("sample_tokens", "grammar_output", "engine/v1/runner.py"),
     (
         "propose_draft_token_ids",
         "scheduler_output sampled_token_ids sampling_metadata hidden_states sample_hidden_states aux_hidden_states "
         "spec_decode_metadata common_attn_metadata slot_mappings",
-        "engine/runner.py",
+        "engine/v1/runner.py",
     ),
-    ("_sync_device", "", "engine/planning.py"),
+    ("_sync_device", "", "engine/v1/planning.py"),
 )
 
 # class (or module), method, parameters after self (or after the first one), the file here that relies on it
 _SEAMS = (
-    (Scheduler, "add_request", "request", "engine/scheduler.py"),
-    (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/scheduler.py"),
-    (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/scheduler.py"),
-    (StructuredOutputManager, "grammar_init", "request", "engine/grammar.py"),
+    (Scheduler, "add_request", "request", "engine/v1/scheduler.py"),
+    (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/v1/scheduler.py"),
+    (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/v1/scheduler.py"),
+    (StructuredOutputManager, "grammar_init", "request", "engine/v1/grammar.py"),
     (
         EagleProposer,
         "prepare_inputs",
         "common_attn_metadata sampled_token_ids num_draft_tokens",
-        "engine/proposer.py",
+        "engine/v1/proposer.py",
     ),
     (
         EagleProposer,
         "prepare_next_token_ids_cpu",
         "sampled_token_ids requests gpu_input_batch num_scheduled_tokens",
-        "engine/proposer.py",
+        "engine/v1/proposer.py",
     ),
     (
         EagleProposer,
         "propose",
         "num_speculative_tokens target_token_ids target_positions target_hidden_states next_token_ids "
         "token_indices_to_sample common_attn_metadata sampling_metadata mm_embed_inputs num_rejected_tokens_gpu slot_mappings",
-        "engine/proposer.py",
+        "engine/v1/proposer.py",
     ),
     (
         EagleProposer,
         "set_inputs_first_pass",
         "target_token_ids next_token_ids target_positions target_hidden_states token_indices_to_sample cad num_rejected_tokens_gpu",
-        "engine/proposer.py",
+        "engine/v1/proposer.py",
     ),
-    (EagleProposer, "build_model_inputs_first_pass", "num_tokens num_input_tokens mm_embed_inputs", "engine/proposer.py"),
-    (EagleProposer, "_determine_batch_execution_and_padding", "num_tokens use_cudagraphs", "engine/proposer.py"),
-    (EagleProposer, "build_per_group_and_layer_attn_metadata", "common_attn_metadata draft_index", "engine/proposer.py"),
-    (EagleProposer, "_get_slot_mapping", "num_tokens slot_mapping", "engine/proposer.py"),
-    (EagleProposer, "load_model", "target_model", "engine/proposer.py"),
-    (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/proposer.py"),
+    (EagleProposer, "build_model_inputs_first_pass", "num_tokens num_input_tokens mm_embed_inputs", "engine/v1/proposer.py"),
+    (EagleProposer, "_determine_batch_execution_and_padding", "num_tokens use_cudagraphs", "engine/v1/proposer.py"),
+    (EagleProposer, "build_per_group_and_layer_attn_metadata", "common_attn_metadata draft_index", "engine/v1/proposer.py"),
+    (EagleProposer, "_get_slot_mapping", "num_tokens slot_mapping", "engine/v1/proposer.py"),
+    (EagleProposer, "load_model", "target_model", "engine/v1/proposer.py"),
+    (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/v1/proposer.py"),
     (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
     (EagleLlamaForCausalLM, "load_weights", "weights", "engine/biased_head.py"),
-    (Sampler, "forward", "logits sampling_metadata predict_bonus_token logprobs_mode_override", "engine/scorer.py"),
-    (Sampler, "greedy_sample", "", "engine/gpu_runner.py"),
-    (topk_topp_sampler, "random_sample", "generators use_fp64_gumbel", "noise_rows.py"),
-    (torch_utils, "async_tensor_h2d", "device dtype out", "engine/runner.py"),
-    (Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/gpu_worker.py"),
-    (Worker, "init_device", "", "engine/gpu_worker.py"),
-    (Worker, "_make_model_runner", "", "engine/gpu_worker.py"),
-    (Worker, "_maybe_activate_jit_monitor", "", "engine/gpu_worker.py"),
+    (Sampler, "forward", "logits sampling_metadata predict_bonus_token logprobs_mode_override", "engine/v1/scorer.py"),
+    (Sampler, "greedy_sample", "", "engine/v1/gpu_runner.py"),
+    (topk_topp_sampler, "random_sample", "generators use_fp64_gumbel", "algorithm/noise_rows.py"),
+    (torch_utils, "async_tensor_h2d", "device dtype out", "engine/v1/runner.py"),
+    (Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/v1/gpu_worker.py"),
+    (Worker, "init_device", "", "engine/v1/gpu_worker.py"),
+    (Worker, "_make_model_runner", "", "engine/v1/gpu_worker.py"),
+    (Worker, "_maybe_activate_jit_monitor", "", "engine/v1/gpu_worker.py"),
     (Worker, "shutdown", "", "engine/worker.py"),
-    (GPUModelRunner, "__init__", "vllm_config device", "engine/gpu_worker.py"),
-    (GPUModelRunner, "load_model", "load_dummy_weights model", "engine/runner.py"),
-    (GPUModelRunner, "_dummy_sampler_run", "hidden_states", "engine/gpu_runner.py"),
-    (GPUModelRunner, "initialize_kv_cache", "kv_cache_config is_profiling kv_cache_allocation_context", "engine/gpu_runner.py"),
+    (GPUModelRunner, "__init__", "vllm_config device", "engine/v1/gpu_worker.py"),
+    (GPUModelRunner, "load_model", "load_dummy_weights model", "engine/v1/runner.py"),
+    (GPUModelRunner, "_dummy_sampler_run", "hidden_states", "engine/v1/gpu_runner.py"),
+    (GPUModelRunner, "initialize_kv_cache", "kv_cache_config is_profiling kv_cache_allocation_context", "engine/v1/gpu_runner.py"),
     (
         GPUModelRunner,
         "_dummy_run",
         "num_tokens cudagraph_runtime_mode force_attention uniform_decode allow_microbatching skip_eplb is_profile "
         "create_mixed_batch remove_lora is_graph_capturing num_active_loras profile_seq_lens randomize_inputs",
-        "engine/planning.py",
+        "engine/v1/planning.py",
     ),
-    (GPUModelRunner, "_to_list", "sampled_token_ids", "engine/gpu_runner.py"),
+    (GPUModelRunner, "_to_list", "sampled_token_ids", "engine/v1/gpu_runner.py"),
 )
 
 
@@ -124,10 +124,10 @@ def _cpu_seams() -> Iterator[tuple[Any, str, str, str]]:
 
     for name, expected, file in _RUNNER:
         yield CPUModelRunner, name, expected, file
-    yield CPUModelRunner, "load_model", "load_dummy_weights", "engine/cpu_runner.py"
-    yield CPUWorker, "init_device", "", "engine/cpu_worker.py"
-    yield CPUWorker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/cpu_worker.py"
-    yield CPUWorker, "compile_or_warm_up_model", "", "engine/cpu_worker.py"
+    yield CPUModelRunner, "load_model", "load_dummy_weights", "engine/v1/cpu_runner.py"
+    yield CPUWorker, "init_device", "", "engine/v1/cpu_worker.py"
+    yield CPUWorker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/v1/cpu_worker.py"
+    yield CPUWorker, "compile_or_warm_up_model", "", "engine/v1/cpu_worker.py"
     yield CPUAttentionBackendImpl, "forward", _FORWARD, "attention/cpu.py"
     yield CPUAttentionBackendImpl, "do_kv_cache_update", "layer key value kv_cache slot_mapping", "attention/cpu.py"
     yield CPUAttentionMetadataBuilder, "build", _BUILD, "attention/cpu.py"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import CUDA_BACKENDS
-from vllm_eagle.config import CONFIG_KEY, TreeConfig
-from vllm_eagle.engine.devices import V2_RUNNER
 from vllm_eagle.heads.formats import in_vllms_order
+from vllm_eagle.options.devices import V2_RUNNER
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 

@@ -12,9 +12,9 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_eagle import stats_file
 from vllm_eagle.engine import seams, support
-from vllm_eagle.metrics import TreeMetrics
+from vllm_eagle.metrics import stats_file
+from vllm_eagle.metrics.counters import TreeMetrics
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_eagle.algorithm.noise import gumbel
 from vllm_eagle.evaluate.texts import Read
-from vllm_eagle.noise import gumbel
-from vllm_eagle.train.models import Head
-from vllm_eagle.train.target import FrozenTarget
-from vllm_eagle.train.unroll import unroll
+from vllm_eagle.train.features.target import FrozenTarget
+from vllm_eagle.train.head.models import Head
+from vllm_eagle.train.head.unroll import unroll
 
 ALPHA_DEPTH = 5  # alpha 0..4, as the papers report it
 CERTAINTIES = (0.0, 0.5, 0.9)  # classes of the target's largest probability, each up to the next

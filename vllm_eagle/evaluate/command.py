@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from vllm_eagle.bench.offline import encode_prompts
-from vllm_eagle.config import TreeConfig
+from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.evaluate import calibration
 from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH, measure_accuracy
 from vllm_eagle.evaluate.simulate import Replay, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
-from vllm_eagle.train.build import load_head
-from vllm_eagle.train.medusa import MedusaHead
-from vllm_eagle.train.models import aux_layers
-from vllm_eagle.train.target import FrozenTarget
+from vllm_eagle.train.features.target import FrozenTarget
+from vllm_eagle.train.head.files import load_head
+from vllm_eagle.train.head.medusa import MedusaHead
+from vllm_eagle.train.head.models import aux_layers
 
 
 @dataclass(frozen=True, slots=True)

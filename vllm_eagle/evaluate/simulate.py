@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from vllm_eagle.accept import accept
-from vllm_eagle.config import TreeConfig
-from vllm_eagle.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.algorithm.accept import accept
+from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.algorithm.draft import Level, NoiseAt, Request, grow
+from vllm_eagle.algorithm.noise import gumbel
+from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.evaluate.texts import Read
-from vllm_eagle.noise import gumbel
-from vllm_eagle.train.layer import Memory
-from vllm_eagle.train.models import Head
-from vllm_eagle.train.unroll import UnrolledMemory
-from vllm_eagle.tree import DraftTree
+from vllm_eagle.train.head.layer import Memory
+from vllm_eagle.train.head.models import Head
+from vllm_eagle.train.head.unroll import UnrolledMemory
 
 
 @dataclass(slots=True)

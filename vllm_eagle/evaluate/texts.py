@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_eagle.noise import gumbel, peek_seeds
-from vllm_eagle.train.target import Features, FrozenTarget
+from vllm_eagle.algorithm.noise import gumbel, peek_seeds
+from vllm_eagle.train.features.target import Features, FrozenTarget
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ Kind = Literal["EAGLE-1", "EAGLE-3"]
 Format = Literal["vllm", "safeailab", "specforge", "speculators"]
 
 BIASED_ARCHITECTURE = "EagleBiasedLlamaForCausalLM"  # our class in vLLM's registry: engine/biased_head.py
-REPLAYED_ARCHITECTURES = ("ReplayedLlamaForCausalLM", "EagleReplayedLlamaForCausalLM")  # target, head: bench/replay_models.py
+# Target and head of bench/recorded/replay_models.py
+REPLAYED_ARCHITECTURES = ("ReplayedLlamaForCausalLM", "EagleReplayedLlamaForCausalLM")
 NORM_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 ATTENTION = ("q_proj", "k_proj", "v_proj")

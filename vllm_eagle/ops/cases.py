@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.ops.rows import TreeRows
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # what the kernel found, what the reference says
 

@@ -1,8 +1,8 @@
 """Compact the KV cache on a GPU: the accepted path's keys and values of all layers go to their places in one launch.
 
-Plan and reasons: vllm_eagle/compact.py. Here nothing is planned on the host: paths come from the walk and stay on the GPU. One
-program moves all tokens of one request, layer and head, going down the path. A node never lies below its depth and nodes rise along
-a path, so no token is overwritten before it was read, and programs share no byte.
+Plan and reasons: vllm_eagle/algorithm/compact.py. Here nothing is planned on the host: paths come from the walk and stay on the
+GPU. One program moves all tokens of one request, layer and head, going down the path. A node never lies below its depth and nodes
+rise along a path, so no token is overwritten before it was read, and programs share no byte.
 """
 
 from collections.abc import Sequence

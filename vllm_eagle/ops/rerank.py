@@ -1,7 +1,7 @@
 """Draft trees out of all drafted nodes, on a GPU: the best nodes of each request, their parents, depths and ancestors.
 
 Two launches: every drafted node counts how many are better, which is its place in the order; then every node of the tree climbs to
-the root. What this is for: vllm_eagle/draft.py.
+the root. What this is for: vllm_eagle/algorithm/draft.py.
 """
 
 from dataclasses import dataclass
@@ -122,11 +122,13 @@ def reference(
     max_depth: int,
 ) -> Trees:
     """The same, request by request."""
-    from vllm_eagle.tree import node_ancestors, node_depths
-
     num_reqs = len(tokens)
     tree_tokens, tree_parents = (torch.zeros(num_reqs, max_nodes, dtype=torch.int64) for _ in range(2))
     tree_scores, num_nodes = torch.zeros(num_reqs, max_nodes), torch.zeros(num_reqs, dtype=torch.int64)
+    depths, ancestors = (
+        torch.zeros(num_reqs, max_nodes, dtype=torch.int64),
+        torch.eye(max_nodes, dtype=torch.bool).repeat(num_reqs, 1, 1),
+    )
     for request in range(num_reqs):
         budget = min(int(budgets[request]), max_nodes - 1)
         order = scores[request].sort(descending=True, stable=True).indices.tolist()
@@ -139,6 +141,8 @@ def reference(
                 tree_scores[request, node] = scores[request, place]
                 tree_parents[request, node] = node_of[int(parents[request, place])]
         num_nodes[request] = 1 + len(kept)
-    above = tree_parents.numpy()
-    depths, ancestors = torch.from_numpy(node_depths(above)), torch.from_numpy(node_ancestors(above))
+        for node in range(1, max_nodes):  # parents come first
+            above = int(tree_parents[request, node])
+            depths[request, node] = depths[request, above] + 1
+            ancestors[request, node] |= ancestors[request, above]
     return Trees(tree_tokens, tree_parents, tree_scores, num_nodes, depths, ancestors)

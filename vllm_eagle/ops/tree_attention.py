@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.ops.rows import TreeRows
 
 _LOG2_E = 1.4426950408889634
 _MOST_SPLITS = 64

@@ -1,6 +1,6 @@
 """Walk draft trees on a GPU along the tokens that the target sampled: the path and the emitted tokens, nothing waits for the host.
 
-The rule, and why it is lossless: vllm_eagle/accept.py. One program per request.
+The rule, and why it is lossless: vllm_eagle/algorithm/accept.py. One program per request.
 """
 
 import torch

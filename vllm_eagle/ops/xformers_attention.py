@@ -9,7 +9,7 @@ import torch
 from xformers.ops import fmha
 from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask, PagedBlockDiagonalPaddedKeysMask
 
-from vllm_eagle.attention.rows import TreeRows
+from vllm_eagle.ops.rows import TreeRows
 
 BLOCK_SIZE = 64  # its split kernel reads so many keys at once, and no block of the cache may end inside of them
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)

@@ -13,8 +13,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from vllm_eagle.config import TreeConfig
-from vllm_eagle.metrics import DECISIONS, LOAD_BUCKETS, STAGES, TreeMetrics
+from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.metrics.counters import DECISIONS, LOAD_BUCKETS, STAGES, TreeMetrics
 
 PREFIX = "vllm_eagle_"
 # Fields of COUNTS that are one number: metric without prefix and `_total`, help.

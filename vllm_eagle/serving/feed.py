@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.engine.protocol import EngineClient
 
-from vllm_eagle import stats_file
-from vllm_eagle.metrics import TreeMetrics
-from vllm_eagle.plugin import is_tree_mode
+from vllm_eagle.metrics import stats_file
+from vllm_eagle.metrics.counters import TreeMetrics
+from vllm_eagle.options.devices import is_tree_mode
 from vllm_eagle.serving.families import TreeCollector
 from vllm_eagle.serving.history import KEPT_S, History
 from vllm_eagle.serving.source import Source

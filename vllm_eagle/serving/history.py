@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from vllm_eagle.metrics import TreeMetrics
+from vllm_eagle.metrics.counters import TreeMetrics
 
 KEPT_S = 600
 FEW_TREES = 5  # verifications whose mean says nothing

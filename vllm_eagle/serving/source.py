@@ -13,8 +13,8 @@ from typing import Any
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
-from vllm_eagle import stats_file
-from vllm_eagle.metrics import TreeMetrics
+from vllm_eagle.metrics import stats_file
+from vllm_eagle.metrics.counters import TreeMetrics
 
 logger = init_logger(f"vllm.{__name__}")
 CALL_EVERY_S = 1.0

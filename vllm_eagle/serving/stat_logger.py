@@ -15,10 +15,10 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from vllm_eagle import stats_file
-from vllm_eagle.config import CONFIG_KEY, TreeConfig
-from vllm_eagle.metrics import TreeMetrics
-from vllm_eagle.plugin import is_tree_mode
+from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
+from vllm_eagle.metrics import stats_file
+from vllm_eagle.metrics.counters import TreeMetrics
+from vllm_eagle.options.devices import is_tree_mode
 from vllm_eagle.serving.families import TreeCollector
 from vllm_eagle.serving.summary import log_line
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from vllm_eagle.metrics import DECISIONS, STAGES, TreeMetrics
+from vllm_eagle.metrics.counters import DECISIONS, STAGES, TreeMetrics
 from vllm_eagle.serving.families import load_label
 
 Level = Literal["good", "warn", "bad", "idle"]

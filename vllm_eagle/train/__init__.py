@@ -1,1 +1,1 @@
-"""Train EAGLE heads."""
+"""Train EAGLE heads: data/ in, head/ out; run/ is one run of `vllm-eagle train`."""

@@ -1,0 +1,31 @@
+"""`vllm-eagle doctor`: what it says of the libraries that make vLLM fast on CPUs."""
+
+import pytest
+
+from vllm_eagle import native
+from vllm_eagle.commands import doctor
+
+
+@pytest.mark.parametrize(
+    ("preloaded", "missing"),
+    [
+        ("", ["libtcmalloc", "libiomp5"]),
+        ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", ["libiomp5"]),
+        ("/venv/lib/libiomp5.so", ["libtcmalloc"]),
+        ("/usr/lib/libtcmalloc.so.4:/venv/lib/libiomp5.so", []),
+    ],
+)
+def test_what_is_not_preloaded_is_named(monkeypatch: pytest.MonkeyPatch, preloaded: str, missing: list[str]) -> None:
+    monkeypatch.setenv("LD_PRELOAD", preloaded)
+    monkeypatch.setattr(native, "problem", lambda: None)
+    found = [(status, detail) for status, what, detail in doctor._cpu_findings() if what == "LD_PRELOAD"]
+    assert [detail.split()[0] for status, detail in found if status == "note"] == missing
+    assert all("is not preloaded" in detail for status, detail in found if status == "note")
+    assert len(found) == 2
+    assert {status for status, _ in found} <= {"ok", "note"}  # slower, but it works
+
+
+def test_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(native, "problem", lambda: "no C++ compiler")
+    assert [status for status, _, _ in doctor._cpu_findings()] == ["note"] * 3

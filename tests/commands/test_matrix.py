@@ -1,0 +1,148 @@
+"""The matrix is what is tested and what is refused."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from tests.engine.engines import ENGINE, trees
+from vllm_eagle.cli import main
+from vllm_eagle.commands import matrix
+from vllm_eagle.engine import support
+
+# A change to the configuration that breaks each rule.
+BREAKS: dict[str, dict[str, object]] = {
+    "speculative methods other than EAGLE": {"speculative_config.method": "mtp"},
+    "parallel drafting": {"speculative_config.parallel_drafting": True},
+    "heterogeneous vocabularies": {"speculative_config.use_heterogeneous_vocab": True},
+    "padded drafter batch": {"speculative_config.disable_padded_drafter_batch": False},
+    "rejection_sample_method, draft_sample_method": {"speculative_config.draft_sample_method": "probabilistic"},
+    "MLA": {"model_config.use_mla": True},
+    "Mamba, linear attention, hybrids": {"model_config.is_hybrid": True},
+    "encoder-decoder": {"model_config.is_encoder_decoder": True},
+    "ALiBi": {"model_config.uses_alibi": True},
+    "multimodal models": {"model_config.is_multimodal_model": True},
+    "M-RoPE": {"model_config.uses_mrope": True},
+    "soft-capped attention on CPUs": {"model_config.hf_text_config.attn_logit_softcapping": 50.0},
+    "sliding windows shorter than max_model_len, on CPUs": {"model_config.get_sliding_window": lambda: 64},
+    "heads of another hidden size": {"model_config.get_hidden_size": lambda: 96},
+    "heads of another vocabulary": {"model_config.get_vocab_size": lambda: 77},
+    "EAGLE-3 heads that name impossible layers": {
+        "speculative_config.method": "eagle3",
+        "speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids": [1, 1, 9],
+    },
+    "devices other than CPU and CUDA": {"device_config.device_type": "xpu"},
+    "vLLM's V2 model runner": {"use_v2_model_runner": True},
+    "CUDA graphs of whole steps": {"compilation_config.cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
+    "CUDA attention backends other than FLASH_ATTN, TRITON_ATTN, CUSTOM": {
+        "device_config.device_type": "cuda",
+        "attention_config.backend": AttentionBackendEnum.FLASHINFER,
+    },
+    "prompts as embeddings": {"model_config.enable_prompt_embeds": True},
+    "pipeline parallelism": {"parallel_config.pipeline_parallel_size": 2},
+    "data parallelism": {"parallel_config.data_parallel_size": 2},
+    "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},
+    "dual batch overlap": {"parallel_config.use_ubatching": True},
+    "KV connectors, disaggregated prefill": {"kv_transfer_config": object()},
+    "async scheduling": {"scheduler_config.async_scheduling": True},
+    "quantized KV cache (fp8, int8, ...) on CPUs": {"cache_config.cache_dtype": "fp8"},
+    "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},
+}
+
+
+class Changed:
+    """A configuration that differs in some places, given by dotted names."""
+
+    def __init__(self, original: Any, changes: dict[str, object]):
+        self._original, self._changes = original, changes
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._changes:
+            return self._changes[name]
+        inner = {key.removeprefix(f"{name}."): value for key, value in self._changes.items() if key.startswith(f"{name}.")}
+        found = getattr(self._original, name)
+        return Changed(found, inner) if inner else found
+
+
+@pytest.fixture(scope="module")
+def config(random_models: dict[str, Path]) -> Any:
+    found = EngineArgs(model=str(random_models["target"]), **(ENGINE | trees(random_models["eagle"]))).create_engine_config()
+    assert support.unsupported_reasons(found) == []
+    return found
+
+
+@pytest.mark.parametrize("rule", support.RULES, ids=lambda rule: rule.feature)
+def test_every_rule_refuses_what_breaks_it_and_nothing_else(rule: support.Rule, config: Any) -> None:
+    assert rule.check(config) is None
+    changed = Changed(config, BREAKS[rule.feature])
+    reason = rule.check(changed)  # type: ignore[arg-type]
+    assert reason
+    with pytest.raises(ValueError, match="cannot run draft trees here") as refused:
+        support.check_supported(changed)  # type: ignore[arg-type]
+    assert reason in str(refused.value)
+
+
+ON_CPUS = [rule for rule in support.RULES if rule.feature.endswith("on CPUs")]
+
+
+@pytest.mark.parametrize("rule", ON_CPUS, ids=lambda rule: rule.feature)
+def test_what_the_cpus_kernel_cannot_do_is_left_to_the_layers_elsewhere(rule: support.Rule, config: Any) -> None:
+    changed = Changed(config, BREAKS[rule.feature] | {"device_config.device_type": "cuda"})
+    assert rule.check(changed) is None  # type: ignore[arg-type]
+
+
+def test_no_rule_is_forgotten_here() -> None:
+    assert BREAKS.keys() == {rule.feature for rule in support.RULES}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.parametrize(
+    ("changes", "capability", "chosen"),
+    [
+        ({}, (9, 0), "FLASH_ATTN"),
+        ({}, (7, 5), "TRITON_ATTN"),
+        ({"model_config.dtype": torch.float32}, (9, 0), "TRITON_ATTN"),
+        ({"cache_config.cache_dtype": "fp8"}, (9, 0), "TRITON_ATTN"),
+        ({"model_config.get_sliding_window": lambda: 64}, (9, 0), "TRITON_ATTN"),
+        ({"model_config.get_sliding_window": lambda: 1 << 20}, (9, 0), "FLASH_ATTN"),
+        ({"speculative_config.draft_model_config.get_sliding_window": lambda: 64}, (9, 0), "TRITON_ATTN"),
+        ({"model_config.hf_text_config.attn_logit_softcapping": 50.0}, (9, 0), "FLASH_ATTN"),
+        ({"model_config.get_head_size": lambda: 256}, (9, 0), "FLASH_ATTN"),
+        ({"model_config.get_head_size": lambda: 256}, (10, 0), "TRITON_ATTN"),
+        ({"speculative_config.draft_model_config.get_head_size": lambda: 256}, (10, 0), "TRITON_ATTN"),
+    ],
+)
+def test_the_backend_that_is_chosen_takes_the_layers(
+    changes: dict[str, object], capability: tuple[int, int], chosen: str, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be refused when layers are loaded (`not_supported_reasons`) is never chosen by itself."""
+    from vllm.v1.attention.backends import fa_utils
+
+    from vllm_eagle.attention import cuda
+
+    platform = SimpleNamespace(get_device_capability=lambda: DeviceCapability(*capability))
+    for module in (cuda, fa_utils):
+        monkeypatch.setattr(module, "current_platform", platform)
+    half = {"model_config.dtype": torch.bfloat16, "speculative_config.draft_model_config.dtype": torch.bfloat16}
+    assert cuda.default_backend(Changed(config, half | changes)).name == chosen  # type: ignore[arg-type]
+
+
+def test_what_works_names_a_test_that_exists() -> None:
+    for feature, _, test in matrix.WORKS:
+        assert any(Path(__file__).parents[1].rglob(f"{test}.py")), feature
+
+
+def test_the_command_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--matrix"]) == 0
+    printed = capsys.readouterr().out
+    cells = [[cell for cell in re.split(r"  +", line) if cell] for line in printed.splitlines()]
+    for row in matrix.rows():
+        assert [cell for cell in row if cell] in cells

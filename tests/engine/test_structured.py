@@ -1,0 +1,148 @@
+"""Grammars along trees: the same tokens as without speculation, with every backend that can roll back."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.engine.engines import engine, generate, tokens, tree_stats, trees
+from vllm_eagle.algorithm.draft import Level
+from vllm_eagle.engine.v1.grammar import DraftConstraints, apply_masks
+from vllm_eagle.pair import HEAD, TARGET
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["a", "bb", "ccc"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+}
+CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "json": {"json": PERSON},
+    "regex": {"regex": r"\d{1,3} (apples|pears) and (\d+) more"},
+    "choice": {"choice": ["yes it is", "yes it was", "no"]},
+    "grammar": {"grammar": 'root ::= "(" root ")" | "x" | root2\nroot2 ::= "[" root "]"'},
+}
+QUESTIONS = ("Tom has 3 apples and buys 4 more. How many?", "Describe a person.", "How fast is a train?", "Pick one.")
+
+
+def requests(llm: LLM, names: list[str]) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Each constraint greedy and sampled, and as many requests without one among them."""
+    tokenizer = llm.get_tokenizer()
+    prompts, params = [], []
+    for i, name in enumerate([*names, None] * 2):
+        chat = [{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}]
+        prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        constraint = StructuredOutputsParams(**CONSTRAINTS[name]) if name else None
+        temperature = 0.0 if i <= len(names) else 1.0
+        params.append(SamplingParams(temperature=temperature, seed=i, max_tokens=48, logprobs=1, structured_outputs=constraint))
+    return prompts, params
+
+
+@pytest.mark.parametrize("backend", ["xgrammar", "guidance", "outlines"])
+def test_constrained_answers_equal_those_without_speculation(backend: str) -> None:
+    names = ["json", "regex", "choice", *(["grammar"] if backend != "outlines" else [])]
+    settings = {"structured_outputs_config": {"backend": backend}}
+    with engine(TARGET, **settings) as llm:
+        prompts, params = requests(llm, names)
+        expected = tokens(generate(llm, prompts, params))
+    with engine(TARGET, **settings, **trees(HEAD)) as llm:
+        assert tokens(generate(llm, prompts, params)) == expected
+        stats = tree_stats(llm)
+        assert stats["tau"] > 2
+        assert stats["num_moved"] > 0  # branches were accepted, not only chains
+
+
+@pytest.mark.parametrize("options", [{"mode": "static"}, {"mode": "chain"}, {"coupled": False, "topk": 3}])
+def test_other_trees_under_grammars(options: dict[str, Any]) -> None:
+    with engine(TARGET) as llm:
+        prompts, params = requests(llm, ["json", "regex"])
+        expected = tokens(generate(llm, prompts, params))
+    with engine(TARGET, **trees(HEAD, **options)) as llm:
+        assert tokens(generate(llm, prompts, params)) == expected
+
+
+def test_constrained_requests_survive_preemption() -> None:
+    """A resumed request's grammar goes on where it was."""
+    with engine(TARGET, max_model_len=256) as llm:
+        prompts, params = requests(llm, ["json", "json", "regex", "json"])
+        expected = tokens(generate(llm, prompts, params))
+    tight = {"max_model_len": 256, "num_gpu_blocks_override": 10, "enable_prefix_caching": False}
+    with engine(TARGET, **tight, **trees(HEAD)) as llm:
+        assert tokens(generate(llm, prompts, params)) == expected
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+
+
+def test_worker_and_scheduler_use_one_backend() -> None:
+    """The scheduler's is that of the first request received, though the worker never sees that one."""
+    first = StructuredOutputsParams(json={"type": "integer", "multipleOf": 5})  # which xgrammar cannot do
+    answers, backends = [], []
+    for changes in ({}, trees(HEAD)):
+        with engine(TARGET, **changes) as llm:
+            params = SamplingParams(temperature=0, max_tokens=8, structured_outputs=first)
+            llm.llm_engine.abort_request([llm.llm_engine.add_request("first", {"prompt_token_ids": [5, 6]}, params)], internal=True)
+            answers.append(tokens(generate(llm, *requests(llm, ["json", "regex"]))))
+            manager = llm.llm_engine.engine_core.engine_core.scheduler.structured_output_manager
+            backends.append(type(manager.backend).__name__)
+            if changes:
+                own = llm.collective_rpc(lambda worker: worker.model_runner._grammars._manager.backend)[0]
+                backends.append(type(own).__name__)
+    assert answers[0] == answers[1]
+    assert backends == ["GuidanceBackend"] * 3
+
+
+class _LettersInOrder:
+    """A grammar over tokens 0..n: each must be greater than the one before."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def validate_tokens(self, token_ids: list[int]) -> list[int]:
+        last = self.seen[-1] if self.seen else -1
+        for i, token in enumerate(token_ids):
+            if token <= last:
+                return token_ids[:i]
+            last = token
+        return token_ids
+
+    def accept_tokens(self, request_id: str, token_ids: list[int]) -> bool:
+        self.seen += token_ids
+        return True
+
+    def rollback(self, num_tokens: int) -> None:
+        del self.seen[len(self.seen) - num_tokens :]
+
+
+def test_drafting_masks_every_node_by_its_own_path() -> None:
+    grammar = _LettersInOrder()
+
+    def mask(found: _LettersInOrder) -> np.ndarray:
+        last = found.seen[-1] if found.seen else -1
+        return np.array([sum(1 << token for token in range(last + 1, 8))], dtype=np.int32)
+
+    constraints = DraftConstraints({1: grammar}, mask)  # type: ignore[arg-type,dict-item]
+    root = constraints.root(torch.zeros(2, 8))
+    assert root.eq(0).all()
+    level = Level(1, torch.tensor([[0, 1], [2, 5]]), torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 2, 2, dtype=torch.bool))
+    allowed = constraints.level(level, torch.zeros(2, 2, 8)).isfinite()
+    assert allowed[0].all()  # no grammar
+    assert allowed[1].nonzero().tolist() == [[0, token] for token in range(3, 8)] + [[1, token] for token in range(6, 8)]
+    # 7 after 5 (row 1), 3 after 2 (row 0): parents are rows of the level before
+    level = Level(2, torch.tensor([[0, 1], [7, 3]]), torch.tensor([[0, 0], [1, 0]]), torch.zeros(2, 2, 4, dtype=torch.bool))
+    allowed = constraints.level(level, torch.zeros(2, 2, 8)).isfinite()
+    assert allowed[1].nonzero().tolist() == [[1, token] for token in range(4, 8)]
+    assert grammar.seen == []
+
+
+def test_masks_touch_their_rows_alone() -> None:
+    logits = torch.randn(3, 40, dtype=torch.bfloat16)
+    allowed = np.array([0b101, 1 << 7], dtype=np.int32)
+    masked = apply_masks(logits.clone(), {1: allowed})
+    assert torch.equal(masked[[0, 2]], logits[[0, 2]])
+    assert masked[1].isfinite().nonzero().flatten().tolist() == [0, 2, 39]
+    assert torch.equal(masked[1, [0, 2, 39]], logits[1, [0, 2, 39]])

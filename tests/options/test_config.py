@@ -1,0 +1,211 @@
+"""Bad input: one error that names the option and the fix, before a model is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+
+from tests import models
+from tests.engine.engines import ENGINE, trees
+from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
+from vllm_eagle.engine import seams, support
+from vllm_eagle.options.engine_args import engine_args, head_method
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nodes": 5}, "unknown option 'nodes'.*known options: budget, confidence_scale, .*, static_shape, topk"),
+        ({"mode": "beam"}, "set mode to one of dynamic, static, chain"),
+        ({"topk": 0}, "topk=0 is not possible; set topk to an integer from 1 to 64"),
+        ({"topk": "8"}, "topk='8' is not possible"),
+        ({"max_depth": True}, "max_depth=True is not possible"),
+        ({"coupled": 1}, "set coupled to true or false"),
+        ({"confidence_scale": 0}, "set it above 0"),
+        ({"confidence_scale": "x"}, "set it to a number"),
+        ({"static_shape": [[0]]}, 'needs mode "static"'),
+        ({"mode": "static", "static_shape": [[0, 0]]}, r"holds \[0, 0\] but not its parent \[0\]; add the parent"),
+        ({"mode": "static", "static_shape": [[0], [0]]}, "twice; remove one"),
+        ({"mode": "static", "static_shape": "0"}, "give a list of rank paths"),
+        ({"mode": "static", "static_shape": [[-1]]}, "list of ranks from 0"),
+        ({"mode": "static", "static_shape": [[i] for i in range(9)]}, "has 9 nodes, num_speculative_tokens allows 8"),
+    ],
+)
+def test_bad_tree_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TreeConfig.from_options(8, options)
+
+
+@pytest.mark.parametrize("count", [0, 128, 2.5, True])
+def test_bad_node_counts_are_named(count: Any) -> None:
+    with pytest.raises(ValueError, match="set num_draft_tokens to an integer from 1 to 127"):
+        TreeConfig(num_draft_tokens=count)
+
+
+def test_heads_are_told_apart_by_their_config(random_models: dict[str, Path]) -> None:
+    assert head_method(random_models["eagle"]) == "eagle"
+    assert head_method(random_models["eagle3"]) == "eagle3"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such folder"),
+        ({}, "config.json is missing"),
+        ({"config.json": "{"}, "config.json is no JSON"),
+        ({"config.json": "{}"}, r"no weights \(\*.safetensors\)"),
+    ],
+)
+def test_a_missing_or_broken_head_is_named(files: dict[str, str] | None, message: str, tmp_path: Path) -> None:
+    head = tmp_path / "head"
+    if files is not None:
+        head.mkdir()
+        for name, text in files.items():
+            (head / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        engine_args(head)
+
+
+def refused(model: Path, **settings: Any) -> str:
+    """The message with which vLLM refuses to start."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011  pydantic wraps some of them
+        LLM(str(model), **(ENGINE | settings))
+    return str(caught.value)
+
+
+@pytest.fixture
+def pair(random_models: dict[str, Path]) -> dict[str, Any]:
+    return {"model": random_models["target"], "head": random_models["eagle"]}
+
+
+def test_a_head_of_another_size_is_refused(random_models: dict[str, Path], tmp_path: Path) -> None:
+    for change, words in (({"hidden_size": 64}, "takes features of size 64"), ({"vocab_size": 256}, "has a vocabulary of 256")):
+        head = models.random_eagle1_head(tmp_path / words.split()[-1], **change)
+        message = refused(random_models["target"], **trees(head))
+        assert words in message
+        assert "set speculative_config.model to a head trained for this target" in message
+
+
+def test_an_eagle3_head_that_names_impossible_layers_is_refused(random_models: dict[str, Path], tmp_path: Path) -> None:
+    head = models.random_eagle3_head(tmp_path / "head")
+    settings = json.loads((head / "config.json").read_text())
+    del settings["eagle_aux_hidden_state_layer_ids"]  # vLLM would guess layers 2, 2 and 1 of four
+    (head / "config.json").write_text(json.dumps(settings))
+    assert "set eagle_aux_hidden_state_layer_ids" in refused(random_models["target"], **trees(head))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"additional_config": {CONFIG_KEY: {"top": 1}}}, "unknown option 'top'"),
+        ({"additional_config": {CONFIG_KEY: 5}}, "must be an object of tree options"),
+        ({"spec_model": None}, "set --speculative-model"),
+        ({"spec_method": "ngram"}, 'speculative method "ngram" drafts no trees'),
+        ({"async_scheduling": True}, "async_scheduling=true contradicts draft trees"),
+        ({"worker_cls": "some.Worker"}, "worker_cls=some.Worker contradicts draft trees"),
+        ({"spec_tokens": 200}, "set num_draft_tokens to an integer from 1 to 127"),
+        ({"max_model_len": 16}, "does not fit max_model_len=16"),
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 8, "max_model_len": 64, "spec_tokens": 32}, "max_num_batched_tokens is 16"),
+        ({"kv_cache_dtype": "fp8"}, "set kv_cache_dtype to auto"),
+    ],
+)
+def test_contradicting_engine_options_are_refused(changes: dict[str, Any], words: str, pair: dict[str, Any]) -> None:
+    assert words in refused(pair["model"], **(trees(pair["head"]) | changes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}, "sliding window of 64"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_head": 4, "n_layer": 4}, "ALiBi"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "model_type": "gemma2",
+                "attn_logit_softcapping": 50.0,
+                "sliding_window": 4096,
+                "hidden_activation": "gelu_pytorch_tanh",
+                "query_pre_attn_scalar": 32,
+            },
+            "soft-caps attention",
+        ),
+        (
+            {
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "model_type": "deepseek_v2",
+                "kv_lora_rank": 32,
+                "q_lora_rank": None,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 16,
+                "v_head_dim": 32,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+                "num_key_value_heads": 4,
+            },
+            "(MLA)",
+        ),
+        (
+            {
+                "architectures": ["MambaForCausalLM"],
+                "model_type": "mamba",
+                "state_size": 16,
+                "conv_kernel": 4,
+                "intermediate_size": 256,
+                "time_step_rank": 8,
+            },
+            "recurrent state",
+        ),
+    ],
+    ids=["sliding window", "alibi", "soft cap", "mla", "mamba"],
+)
+def test_models_without_a_tree_kernel_are_refused(
+    settings: dict[str, Any], words: str, tmp_path: Path, random_models: dict[str, Path]
+) -> None:
+    target = models.random_target(tmp_path / "target", **settings)
+    message = refused(target, **trees(random_models["eagle"]))
+    assert words in message, message
+
+
+@pytest.mark.parametrize(
+    ("property_name", "value", "words"),
+    [
+        ("is_encoder_decoder", True, "encoder-decoder"),
+        ("uses_mrope", True, "M-RoPE"),
+        ("is_multimodal_model", True, "multimodal"),
+        ("is_hybrid", True, "recurrent state"),
+    ],
+)
+def test_other_kinds_of_models_are_refused_by_their_config(
+    property_name: str, value: object, words: str, random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds that no tiny random model stands for: the property that vLLM's ModelConfig derives is set by hand."""
+    arguments = EngineArgs(model=str(random_models["target"]), **(ENGINE | trees(random_models["eagle"])))
+    config = arguments.create_engine_config()
+    assert support.unsupported_reasons(config) == []
+    monkeypatch.setattr(type(config.model_config), property_name, property(lambda self: value), raising=False)
+    assert any(words in reason for reason in support.unsupported_reasons(config))
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "dev"])
+def test_untested_versions_of_vllm_are_refused(version: str) -> None:
+    problem = seams.version_problem(version)
+    assert problem is not None
+    assert "install vLLM 0.32" in problem
+    assert seams.ALLOW_UNTESTED in problem
+    assert seams.version_problem("0.32.1") is None
+    assert seams.version_problem("0.32") is None
+
+
+def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seams.changed_seams() == []
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any, novelty: Any) -> None: ...
+
+    monkeypatch.setattr(seams.CPUModelRunner, "_sample", _sample)
+    assert seams.changed_seams() == [
+        "CPUModelRunner._sample now takes (logits, spec_decode_metadata, novelty); edit engine/runner.py"
+    ]

@@ -1,0 +1,58 @@
+"""Installing the plugin changes nothing for those who do not ask for trees."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+
+from tests.engine.engines import ENGINE, trees
+from vllm_eagle import plugin
+from vllm_eagle.options.devices import CPU_WORKER, is_tree_mode
+
+
+def engine_config(model: Path, **changes: Any) -> Any:
+    return EngineArgs(model=str(model), **(ENGINE | changes)).create_engine_config()
+
+
+def test_registering_twice_wraps_once() -> None:
+    plugin.register()
+    before = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is before
+
+
+def test_without_tree_options_nothing_changes(random_models: dict[str, Path]) -> None:
+    target, head = random_models["target"], random_models["eagle"]
+    chain = {"method": "eagle", "model": str(head), "num_speculative_tokens": 3}
+    for changes in ({}, {"speculative_config": chain}, {"additional_config": {"other": 1}}):
+        plugin.register()
+        found = engine_config(target, **changes)
+        original = EngineArgs.create_engine_config._vllm_eagle_wraps  # type: ignore[attr-defined]
+        expected = original(EngineArgs(model=str(target), **(ENGINE | changes)))
+        assert found.parallel_config.worker_cls == expected.parallel_config.worker_cls != CPU_WORKER
+        assert found.compute_hash() == expected.compute_hash()
+        spec = found.speculative_config
+        assert not is_tree_mode(spec)
+        if spec is not None:
+            assert not spec.disable_padded_drafter_batch
+            with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+                SamplingParams(min_p=0.1)._validate_spec_decode(spec)
+
+
+def test_tree_options_fill_in_the_rest(random_models: dict[str, Path]) -> None:
+    found = engine_config(random_models["target"], **trees(random_models["eagle3"], 12, topk=4))
+    assert found.parallel_config.worker_cls == CPU_WORKER
+    assert found.speculative_config.method == "eagle3"
+    assert found.speculative_config.num_speculative_tokens == 12
+    assert not found.scheduler_config.async_scheduling
+    assert is_tree_mode(found.speculative_config)
+    SamplingParams(min_p=0.1, logit_bias={3: 1.0})._validate_spec_decode(found.speculative_config)
+
+
+def test_vllms_short_flags_and_speculative_config_may_not_contradict(random_models: dict[str, Path]) -> None:
+    changes = trees(random_models["eagle"]) | {"speculative_config": {"model": "x"}}
+    with pytest.raises(ValueError, match="--spec-model and speculative_config"):
+        engine_config(random_models["target"], **changes)

@@ -1,0 +1,303 @@
+"""Grow draft trees: expand a level, rerank, keep the best nodes.
+
+The head gives log-probabilities of the next token after the root; the best children become level 1, the most promising of them
+are run through the head, their children become level 2, and so on. At the end the best nodes of all levels form the tree
+(EAGLE-2, arXiv 2406.16858, section 4). A node's score is the sum of the log confidences on its path, so it never exceeds its
+parent's and the best nodes always form a tree, whose every prefix in score order is a tree too.
+
+Two things differ from EAGLE-2:
+- Coupled drafting. A sampled token is `argmax(log p / T + noise)` with noise that is known before drafting. Ranking children by
+  `log q / T + noise` proposes what the target is about to sample; at T = 0 the noise is zero and this is plain EAGLE-2.
+- Growth stops when no unexpanded node could still enter the tree, or another level would not pay: a small confident tree becomes
+  a chain by itself and hopeless branches cost no head pass. With as many nodes as a chain, the tree contains the chain where that
+  is best.
+
+Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
+
+On a GPU the host must not wait for what was drafted. There levels are as many as requests allow and as wide as is said before them
+(`Limits`); the finished trees, put in order on the device, are read at once. Where the widths suffice they are the same trees: what
+is drafted needlessly does not enter them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_eagle import native
+from vllm_eagle.algorithm.config import MAX_DRAFT_TOKENS, TreeConfig
+from vllm_eagle.algorithm.tree import DraftTree
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Nodes that the head runs next, `width` per request. Unused places hold copies; their results are ignored."""
+
+    depth: int  # of these nodes; the root has depth 0
+    token_ids: torch.Tensor  # [num_reqs, width] int64
+    parent_rows: torch.Tensor  # [num_reqs, width] int64, place of the parent in the previous level (0 for the root)
+    ancestors: torch.Tensor  # [num_reqs, width, rows] bool over the rows of all levels up to and including this one
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What growth must know of one request."""
+
+    root_token_id: int
+    num_draft_tokens: int  # most nodes besides the root; 0 drafts nothing
+    temperature: float = 0.0  # 0 is greedy
+    max_depth: int = MAX_DRAFT_TOKENS  # most levels; the engine's own limit holds, too
+    topk: int = MAX_DRAFT_TOKENS  # most children per node, likewise; 1 drafts a chain
+
+
+RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, vocab] after each node of the level
+Pays = Callable[[np.ndarray], bool]  # scores [num_reqs, num_nodes] of the newest nodes that could be expanded -> whether to
+NoiseAt = Callable[[int], torch.Tensor]  # depth of the drafted token -> noise [num_reqs, vocab], zero for greedy requests
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends the growth of dynamic trees early, where it could not pay."""
+
+    node_floor: float = NEVER  # nodes with no higher score get no children
+    pays: Pays | None = None  # whether to go on after a level; None: as long as nodes may enter a tree
+    widths: Sequence[int] | None = None  # most nodes to expand per request at depth 1, 2, ...
+    fixed_width: bool = False  # let what is drafted decide nothing, `pays` included: then nothing waits for a GPU
+
+
+def grow(
+    requests: list[Request],
+    root_logits: torch.Tensor,  # [num_reqs, vocab], the head's logits after the root
+    run_head: RunHead,
+    config: TreeConfig,
+    noise_at: NoiseAt | None = None,  # None: uncoupled
+    limits: Limits = Limits(),  # of dynamic trees
+) -> list[DraftTree]:
+    """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
+    if not requests:
+        return []
+    return _grown(requests, root_logits, run_head, config, noise_at, limits).trees()
+
+
+def _grown(
+    requests: list[Request],
+    root_logits: torch.Tensor,
+    run_head: RunHead,
+    config: TreeConfig,
+    noise_at: NoiseAt | None,
+    limits: Limits,
+) -> "_Pool":
+    """All drafted nodes; nothing of them has been read by the host if the width is fixed."""
+    pool = _Pool(requests, config, root_logits.device)
+    ranker = _Ranker(requests, config.confidence_scale, noise_at is not None, root_logits.device)
+    frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children, limits)
+    logits = root_logits[:, None]
+    for depth in range(1, pool.depth_limit + 1):
+        confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
+        chosen = frontier.grow(depth, confidences, tokens)
+        if chosen is None or depth == pool.depth_limit:
+            break
+        logits = run_head(pool.expand(depth, *chosen))
+    return pool
+
+
+def _sent(values: list[int] | list[float] | list[list[bool]], device: torch.device) -> torch.Tensor:
+    """On the device, which is not waited for."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+class _Ranker:
+    """Order the children of a node and say how sure the head is of each."""
+
+    def __init__(self, requests: list[Request], confidence_scale: float, coupled: bool, device: torch.device):
+        temperature = _sent([r.temperature for r in requests], device)
+        sampled = temperature > 0
+        # With the noise known, or none, the outcome is certain and only the head's error is left: the confidence may be
+        # sharper than the probability. Without the noise, the probability at this temperature is the acceptance.
+        self._scale = torch.where(~sampled | coupled, confidence_scale, 1.0)
+        self._factors = 1 / (self._scale * torch.where(sampled, temperature, 1.0))
+
+    def children(
+        self,
+        logits: torch.Tensor,  # [num_reqs, width, vocab]
+        noise: torch.Tensor | None,  # [num_reqs, vocab]
+        num_children: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # log confidences and token ids, [num_reqs, width, num_children], best first
+        scaled = None if noise is None else noise / self._scale[:, None]
+        if logits.device.type == "cpu" and native.runs():
+            values, tokens = torch.ops.vllm_eagle.best_children(logits, self._factors, scaled, num_children)
+            return values, tokens
+        if logits.is_cuda:
+            from vllm_eagle.ops.best_children import best_children  # Triton: not installed beside vLLM's CPU wheel
+
+            return best_children(logits, self._factors, None if scaled is None else scaled.float(), num_children)
+        ranking = logits.float() * self._factors[:, None, None]
+        if scaled is not None:
+            ranking = ranking + scaled[:, None]
+        values, tokens = ranking.topk(min(num_children, ranking.shape[-1]), dim=-1)
+        return values - ranking.logsumexp(-1, keepdim=True), tokens
+
+
+class _Pool:
+    """All drafted nodes of all requests so far, level by level, without the roots."""
+
+    def __init__(self, requests: list[Request], config: TreeConfig, device: torch.device):
+        num_reqs = len(requests)
+        self.requests, self._config = requests, config
+        self._most = [min(r.num_draft_tokens, config.num_draft_tokens) for r in requests]
+        self.depth_limit = min(config.depth_limit, max(r.max_depth for r in requests))
+        self.budgets = _sent(self._most, device)
+        self.max_depths = _sent([r.max_depth for r in requests], device)
+        self._topks = _sent([r.topk for r in requests], device)
+        self.tokens = torch.empty(num_reqs, 0, dtype=torch.long, device=device)
+        self.scores = torch.empty(num_reqs, 0, device=device)
+        self.parents = torch.empty(num_reqs, 0, dtype=torch.long, device=device)  # place in the pool, -1 is the root
+        self.level_start = 0
+        self.num_children = 0  # per expanded node, in the newest level
+        # The rows that the head ran last: their place in the pool, score and ancestors. At first the root.
+        self._row_nodes = torch.full((num_reqs, 1), -1, dtype=torch.long, device=device)
+        self._row_scores = torch.zeros(num_reqs, 1, device=device)
+        self._row_ancestors = torch.zeros(num_reqs, 1, 0, dtype=torch.bool, device=device)
+
+    def add(self, tokens: torch.Tensor, confidences: torch.Tensor, allowed: torch.Tensor) -> None:
+        """Add the children of the rows that ran last: tokens, log confidences and allowed, [num_reqs, width, children]."""
+        num_reqs, _width, children = tokens.shape
+        allowed = allowed & (torch.arange(children, device=tokens.device) < self._topks[:, None, None])
+        scores = (self._row_scores[:, :, None] + confidences.clamp(max=0)).masked_fill(~allowed, NEVER)
+        # A head that yields NaN drafts nothing there; the target's tokens do not depend on it.
+        scores = scores.nan_to_num(nan=NEVER, neginf=NEVER)
+        parents = self._row_nodes[:, :, None].expand(-1, -1, children)
+        self.level_start = self.tokens.shape[1]
+        self.tokens = torch.cat([self.tokens, tokens.reshape(num_reqs, -1)], 1)
+        self.scores = torch.cat([self.scores, scores.reshape(num_reqs, -1)], 1)
+        self.parents = torch.cat([self.parents, parents.reshape(num_reqs, -1)], 1)
+        self.num_children = children
+
+    def grow(
+        self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor, most: int, node_floor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add` and `_BestFrontier.hopeful` by one C++ operator."""
+        self.level_start, self.num_children = self.tokens.shape[1], tokens.shape[2]
+        self.scores, self.tokens, self.parents, places, hopeful = torch.ops.vllm_eagle.grow_level(
+            confidences, tokens, self._row_nodes, self._row_scores, self.scores, self.tokens, self.parents,
+            self.budgets, self.max_depths, self._topks, depth, most, node_floor,
+        )  # fmt: skip
+        return places, hopeful
+
+    def expand(self, depth: int, places: torch.Tensor, scores: torch.Tensor) -> Level:
+        """Make the nodes at `places` [num_reqs, width] of the newest level the rows that run next.
+
+        Scores [num_reqs, width] are theirs; children of nodes with minus infinity enter no tree.
+        """
+        nodes = self.level_start + places
+        parent_rows = places // self.num_children
+        width = places.shape[1]
+        inherited = self._row_ancestors.gather(1, parent_rows[:, :, None].expand(-1, -1, self._row_ancestors.shape[2]))
+        itself = torch.eye(width, dtype=torch.bool, device=places.device).expand(places.shape[0], -1, -1)
+        self._row_nodes = nodes
+        self._row_scores = scores
+        self._row_ancestors = torch.cat([inherited, itself], 2)
+        return Level(depth, self.tokens.gather(1, nodes), parent_rows, self._row_ancestors)
+
+    def nth_best(self) -> torch.Tensor:
+        """Score that a new node must beat to enter its request's tree: [num_reqs]."""
+        ranked = self.scores.topk(min(max(self._most), self.scores.shape[1]), dim=1).values
+        padding = ranked.new_full((ranked.shape[0], 1), NEVER)
+        last = (self.budgets - 1).clamp(min=0, max=ranked.shape[1])
+        bound = torch.cat([ranked, padding], 1).gather(1, last[:, None])[:, 0]
+        return bound.masked_fill(self.budgets == 0, float("inf"))
+
+    def trees(self) -> list[DraftTree]:
+        """Rerank: the best nodes of each request, parents first."""
+        if self.tokens.is_cuda:
+            return self._trees_of_device()
+        tokens, scores, parents = (x.cpu().numpy() for x in (self.tokens, self.scores, self.parents))
+        # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
+        order = np.argsort(-scores, axis=1, kind="stable")
+        ranks = np.empty_like(order)
+        np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
+        counts = np.minimum((scores > NEVER).sum(1), self._most)
+        trees = []
+        for i, request in enumerate(self.requests):
+            best = order[i, : counts[i]]
+            above = parents[i, best]
+            trees.append(
+                DraftTree(
+                    np.concatenate([[request.root_token_id], tokens[i, best]]),
+                    np.concatenate([[0], np.where(above < 0, 0, ranks[i, above] + 1)]),
+                    np.concatenate([np.zeros(1, np.float32), scores[i, best]]),
+                )
+            )
+        return trees
+
+    def _trees_of_device(self) -> list[DraftTree]:
+        """`trees`, put in order on a GPU and read at once: the one time that the host waits."""
+        from vllm_eagle.ops.rerank import rerank  # Triton: not installed beside vLLM's CPU wheel
+
+        roots, most_nodes = _sent([r.root_token_id for r in self.requests], self.tokens.device), 1 + self._config.num_draft_tokens
+        # Limits of the configuration, not of these requests: kernels are compiled for each value of them.
+        best = rerank(roots, self.tokens, self.scores, self.parents, self.budgets, most_nodes, self._config.depth_limit)
+        scores = best.scores.view(torch.int32).long()
+        packed = torch.cat([best.num_nodes[:, None], best.token_ids, best.parents, scores], 1).cpu().numpy()
+        trees = []
+        for row in packed:
+            tokens, parents, bits = row[1:].reshape(3, most_nodes)[:, : row[0]]
+            trees.append(DraftTree(tokens, parents, bits.astype(np.int32).view(np.float32)))
+        return trees
+
+
+Chosen = tuple[torch.Tensor, torch.Tensor]  # places in the newest level, and scores, of nodes to expand: [num_reqs, width]
+
+
+class _BestFrontier:
+    """Dynamic trees: expand the best nodes of the newest level that could still lead into the tree."""
+
+    def __init__(self, pool: _Pool, width: int, limits: Limits):
+        self._pool, self._width, self._limits = pool, width, limits
+
+    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
+        """Add children [num_reqs, width, children] of this depth to the pool; returns which of them to expand, if any."""
+        limits = self._limits
+        most = self._width if limits.widths is None else min(self._width, limits.widths[depth - 1])
+        if tokens.device.type == "cpu" and native.runs() and not limits.fixed_width:
+            places, hopeful = self._pool.grow(depth, confidences, tokens, most, limits.node_floor)
+        else:
+            self._pool.add(tokens, confidences, (self._pool.max_depths >= depth)[:, None, None])
+            places, hopeful = self.hopeful(depth, most)
+            if limits.fixed_width:
+                return places, hopeful
+            width = int((hopeful > NEVER).sum(1).max())
+            places, hopeful = places[:, :width], hopeful[:, :width]
+        if not places.shape[1] or (limits.pays is not None and not limits.pays(hopeful.cpu().numpy())):
+            return None
+        return places, hopeful
+
+    def hopeful(self, depth: int, most: int) -> Chosen:
+        """The best nodes of the newest level, best first; minus infinity where they may not be expanded."""
+        newest = self._pool.scores[:, self._pool.level_start :]
+        newest = newest.masked_fill((self._pool.max_depths <= depth)[:, None], NEVER)  # these have no children
+        scores, places = newest.topk(min(most, newest.shape[1]), dim=1)
+        hopeful = scores > self._pool.nth_best().clamp(min=self._limits.node_floor)[:, None]
+        return places, scores.where(hopeful, NEVER)
+
+
+class _StaticFrontier:
+    """Fixed shapes: expand the nodes that have children in the shape."""
+
+    def __init__(self, pool: _Pool, config: TreeConfig):
+        self._pool, self._shape = pool, config.shape
+
+    def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
+        """As _BestFrontier's."""
+        rows, inner = self._shape.inner(depth - 1), self._shape.inner(depth)
+        level = set(self._shape.level(depth))  # a vocabulary may be smaller than the shape's ranks
+        mask = _sent([[(*row, rank) in level for rank in range(confidences.shape[2])] for row in rows], confidences.device)
+        self._pool.add(tokens, confidences, mask.expand_as(confidences) & (self._pool.max_depths >= depth)[:, None, None])
+        places = [rows.index(path[:-1]) * self._pool.num_children + path[-1] for path in inner]
+        if not places:
+            return None
+        expanded = _sent(places, self._pool.tokens.device).expand(self._pool.tokens.shape[0], -1)
+        return expanded, self._pool.scores[:, self._pool.level_start :].gather(1, expanded)

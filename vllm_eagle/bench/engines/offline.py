@@ -1,0 +1,140 @@
+"""Run prompts through an engine in this process, one engine after another."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_eagle.train.data.prompts import read_prompts
+from vllm_eagle.train.features.target import load_tokenizer
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+
+BUILT_IN_PROMPTS = Path(__file__).parents[2] / "prompts" / "gsm8k.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What one engine made of the prompts."""
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    seconds: float
+    tau: float  # mean tokens per target pass of decoding, by vLLM's own counters; 1 without speculation
+    first_token_s: list[float] = field(default_factory=list)  # per answer, from asking
+    next_token_s: list[float] = field(default_factory=list)  # per answer, mean over its tokens after the first
+    num_tokens: int | None = None  # where token ids are not known
+    gaps_s: list[float] = field(default_factory=list)  # between outputs of an answer, of all answers; each may hold several tokens
+    busy: tuple[float, float] | None = None  # tokens and seconds while nobody had run out of questions; None: all
+
+    @property
+    def tokens(self) -> int:
+        """All output tokens."""
+        return sum(map(len, self.token_ids)) if self.num_tokens is None else self.num_tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """While as many as asked at once were answered: at the end there are fewer, and the more so the less they keep step."""
+        tokens, seconds = self.busy or (self.tokens, self.seconds)
+        return tokens / seconds
+
+    @property
+    def answers(self) -> list[tuple[list[int], str]]:
+        """What can be compared of the answers: tokens, where they are known, and text."""
+        return list(zip(self.token_ids or [[] for _ in self.texts], self.texts, strict=True))
+
+
+def prepare_environment(threads: int | None = None) -> None:
+    """Before vLLM is imported: engine in this process, quiet, no hub for models that lie on disk; so many threads on CPU."""
+    if threads is not None:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name, value in (
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def timed_arguments(prompts: Sequence[list[int]], max_tokens: int, most: int, dtype: str, enforce_eager: bool) -> dict[str, Any]:
+    """Arguments of engines that answer such prompts, `most` at once, while they are timed."""
+    longest = max(map(len, prompts))
+    return {
+        "dtype": dtype,
+        "max_model_len": longest + max_tokens + 1,
+        "enforce_eager": enforce_eager,
+        "max_num_seqs": most,
+        # The same prompts come again, in other rounds and at other loads; whoever has seen them must not gain by it.
+        "enable_prefix_caching": False,
+        # vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps, so all must fit into one.
+        "max_num_batched_tokens": max(longest + max_tokens + 1, most * longest) + 128 * most,
+    }
+
+
+def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> list[list[int]]:
+    """Token ids of the prompts of a file (see train/data/prompts.py); chats through the model's template.
+
+    Raises:
+        ValueError: the file is missing, broken or empty.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    tokenizer = load_tokenizer(model)
+    prompts = []
+    for prompt in read_prompts(path or BUILT_IN_PROMPTS):
+        if isinstance(prompt, str):
+            prompts.append(tokenizer(prompt)["input_ids"])
+        else:
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts")
+    return prompts[:limit]
+
+
+@contextlib.contextmanager
+def engine(model: str, **settings: Any) -> Iterator["LLM"]:
+    """An offline engine that gives its memory back at the end."""
+    from vllm import LLM
+
+    llm = LLM(model, disable_log_stats=False, **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["SamplingParams"], **options: Any) -> Generated:
+    """Generate for all prompts at once; tau counts this call only. `options` go to vLLM's `generate`."""
+    before = _counters(llm)
+    start = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], [p.clone() for p in params], use_tqdm=False, **options)
+    seconds = time.perf_counter() - start
+    drafts, accepted = (after - was for after, was in zip(_counters(llm), before, strict=True))
+    return generated(outputs, seconds, tau=1 + accepted / drafts if drafts else 1.0)
+
+
+def generated(outputs: Sequence["RequestOutput"], seconds: float, tau: float) -> Generated:
+    """What vLLM's outputs tell."""
+    return Generated(
+        token_ids=[list(output.outputs[0].token_ids) for output in outputs],
+        texts=[output.outputs[0].text for output in outputs],
+        seconds=seconds,
+        tau=tau,
+        first_token_s=[output.metrics.first_token_latency for output in outputs],
+        next_token_s=[
+            (output.metrics.last_token_ts - output.metrics.first_token_ts) / max(1, len(output.outputs[0].token_ids) - 1)
+            for output in outputs
+        ],
+    )
+
+
+def _counters(llm: "LLM") -> tuple[float, float]:
+    values = {metric.name: getattr(metric, "value", 0.0) for metric in llm.get_metrics()}
+    return values.get("vllm:spec_decode_num_drafts", 0.0), values.get("vllm:spec_decode_num_accepted_tokens", 0.0)

@@ -1,0 +1,1 @@
+"""`vllm-eagle gpu-check`: kernels against their references, their times, then vLLM itself."""

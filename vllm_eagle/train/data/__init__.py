@@ -1,0 +1,1 @@
+"""Rows of data files, and the examples that a head learns from."""

@@ -1,0 +1,84 @@
+"""Prompts of a file: what is asked, and none of the answers. All commands that take `--prompts` read it here.
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}       OpenAI chat, without answers at its end
+    {"conversations": [{"from": "human", "value": "..."}, ...]}   ShareGPT, up to the first answer
+    {"turns": ["...", "..."]}                                     question.jsonl of MT-bench and Spec-Bench, the first turn
+    {"prompt": "..."}, {"text": "..."}                            plain text, to be continued
+
+.jsonl files hold one row per line, .json files one array of rows (or lines, too); each may be gzipped.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle.train.data.report import DataReport
+from vllm_eagle.train.data.rows import ROLES, Message, RowError, parse_content, parse_messages, raw_rows
+
+ACCEPTED = '"messages", "conversations" (ShareGPT), "turns" (MT-bench), "prompt" or "text"'
+
+
+def read_prompts(path: Path) -> Iterator[str | list[Message]]:
+    """Texts, and dialogues that end where an answer is due. Unlike in training, one bad row ends the run.
+
+    Raises:
+        ValueError: the file is missing, or a row holds no prompt; the message names file and line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if ".txt" in path.suffixes:
+        raise ValueError(f"{path}: a file of prompts is .jsonl or .json; each of its rows has {ACCEPTED}")
+    report = DataReport()  # of a torn file, the only thing that does not come as a row
+    for line, raw in raw_rows(path, report):
+        if isinstance(raw, RowError):
+            raise ValueError(f"{path}, line {line}: no JSON: {raw.reason} ({raw.detail})")
+        if not isinstance(raw, dict) or raw.keys().isdisjoint(("messages", "conversations", "turns", "prompt", "text")):
+            raise ValueError(f"{path}, line {line}: a row needs {ACCEPTED}{_found(raw)}")
+        try:
+            yield _prompt(raw)
+        except RowError as error:
+            detail = f" ({error.detail})" if error.detail else ""
+            raise ValueError(f"{path}, line {line}: {error.reason}{detail}") from None
+    for finding in report.findings:
+        raise ValueError(f"{path}, line {finding.line}: {finding.reason} ({finding.detail})")
+
+
+def _found(raw: Any) -> str:
+    if not isinstance(raw, dict):
+        return f"; this one is no object but {type(raw).__name__}"
+    return f"; this one has {', '.join(map(str, raw))[:80] or 'nothing'}"
+
+
+def _prompt(row: dict[str, Any]) -> str | list[Message]:
+    if "messages" in row:
+        messages: list[Message] = row["messages"]
+        if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
+            raise RowError("unknown row shape", '"messages" is no list of objects, or an empty one')
+        while messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise RowError("no user turn", "there is nothing to answer")
+        return messages
+    if "conversations" in row:
+        return _up_to_the_first_answer(row["conversations"])
+    if "turns" in row:
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise RowError("unknown row shape", '"turns" is no list of texts, or an empty one')
+        return [{"role": "user", "content": parse_content(turns[0], "turn 1")}]
+    key = "prompt" if "prompt" in row else "text"
+    return parse_content(row[key], key)
+
+
+def _up_to_the_first_answer(turns: Any) -> list[Message]:
+    """What comes later is not looked at: it may be as broken as scraped dialogues are."""
+    asked: list[Any] = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        if asked and isinstance(name, str) and ROLES.get(name) == "assistant":
+            break
+        asked.append(turn)
+    messages = parse_messages(asked)
+    if messages[-1]["role"] != "user":
+        raise RowError("no user turn", "nothing is asked before the first answer")
+    return messages

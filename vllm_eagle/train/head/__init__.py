@@ -1,0 +1,1 @@
+"""Heads as torch modules, and what they are trained for."""

@@ -1,0 +1,114 @@
+"""What a head is trained for: loss and draft accuracy of the unrolled head against the target's own features and distributions.
+
+EAGLE-1 (arXiv 2401.15077, section 3.2): smooth-L1 between predicted and true feature, plus 0.1 times the cross-entropy of the
+target's token distribution; uniform noise on the input features stands for the head's own errors. EAGLE-3 (arXiv 2503.01840,
+section 3): cross-entropy only, on every unrolled step, later steps weighing less.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_eagle.train.features.target import Features
+from vllm_eagle.train.head.models import Head
+from vllm_eagle.train.head.unroll import unroll
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """How the parts of the loss are weighed.
+
+    Attributes:
+        regression: weight of the smooth-L1 distance between features; 0 for EAGLE-3.
+        classification: weight of the cross-entropy.
+        step_decay: factor from one unrolled step to the next.
+        noise: half width of the uniform noise on input features.
+        num_steps: first pass and unrolled steps together.
+        token_shift: 1 feeds the next token beside each feature; 0, for comparison only, the token of the feature itself.
+    """
+
+    regression: float = 1.0
+    classification: float = 0.1
+    step_decay: float = 0.8
+    noise: float = 0.1
+    num_steps: int = 1
+    token_shift: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Loss and accuracy of one batch."""
+
+    loss: torch.Tensor  # scalar, what is minimised
+    step_losses: torch.Tensor  # [steps], its parts, weighed
+    num_agreed: torch.Tensor  # [steps] int64, positions where head and target agree on the most likely token
+    num_positions: torch.Tensor  # [steps] int64
+
+
+class Objective(nn.Module):
+    """The head with its loss, as one module, so that data-parallel wrappers see a single forward call."""
+
+    def __init__(self, head: Head, lm_head: nn.Module, weights: LossWeights):
+        super().__init__()
+        self.head = head
+        self.weights = weights
+        self._lm_head: tuple[Any] = (lm_head,)  # the target's; unregistered, see Head
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # [batch, seq] int64
+        loss_mask: torch.Tensor,  # [batch, seq] bool, tokens that the target emits
+        features: Features,
+    ) -> Outcome:
+        """A batch without any position to learn from gives a loss of 0."""
+        weights = self.weights
+        inputs = features.inputs
+        if self.training and weights.noise:
+            inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * weights.noise
+        # Feature t' gives the distribution of token t' + 1. It is drafted when t' >= 1: token 1 comes from the target.
+        emitted = F.pad(loss_mask[:, 1:], (0, 1))
+        emitted[:, 0] = False
+        rows, places = emitted.nonzero(as_tuple=True)
+        truth = features.last[rows, places]
+        with torch.no_grad():
+            target_logits = self._lm_head[0](truth).float()
+            best = target_logits.argmax(-1)
+            probs, learnable = self._draft_probs(target_logits, best)
+        # Every parameter takes part even in a batch without positions, so that data-parallel processes stay in step.
+        nothing = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
+        losses, agreed, counted = [], [], []
+        for step, ready in enumerate(unroll(self.head, token_ids, inputs, weights.num_steps, weights.token_shift)):
+            source = places - 1 - step  # the row whose step predicts feature `places`
+            chosen = source >= 0
+            predicted = ready[rows[chosen], source[chosen]]
+            logits = self.head.logits(predicted, step).float()
+            draft = logits.argmax(-1)
+            if self.head.target_ids is not None:
+                draft = self.head.target_ids[draft]
+            agreed.append((draft == best[chosen]).sum())
+            counted.append(chosen.sum())
+            usable = learnable[chosen]
+            num_usable = usable.sum().clamp(min=1)
+            cross_entropy = -(probs[chosen] * logits.log_softmax(-1)).sum(-1)
+            step_loss = weights.classification * (cross_entropy * usable).sum() / num_usable
+            if weights.regression:
+                distance = F.smooth_l1_loss(predicted.float(), truth[chosen].float(), reduction="none").mean(-1)
+                step_loss = step_loss + weights.regression * distance.sum() / max(1, len(distance))
+            losses.append(weights.step_decay**step * step_loss)
+        step_losses = torch.stack(losses)
+        return Outcome(nothing + step_losses.sum(), step_losses.detach(), torch.stack(agreed), torch.stack(counted))
+
+    def _draft_probs(
+        self,
+        target_logits: torch.Tensor,  # [positions, vocab]
+        best: torch.Tensor,  # [positions]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [positions, draft_vocab], [positions] bool
+        """The target's distribution over the draft vocabulary, and where it says something: the likeliest token is in it."""
+        if self.head.target_ids is None:
+            return target_logits.softmax(-1), torch.ones_like(best, dtype=torch.bool)
+        draftable = torch.zeros(target_logits.shape[-1], dtype=torch.bool, device=best.device)
+        draftable[self.head.target_ids] = True
+        return target_logits[:, self.head.target_ids].softmax(-1), draftable[best]

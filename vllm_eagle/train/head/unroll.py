@@ -1,0 +1,79 @@
+"""Training-time test: a head unrolled on its own outputs, at every position of the text at once.
+
+Row t of the first pass sees the target's features 0..t and predicts the feature at t + 1. Row t of unrolled step i sees the same
+features, then its own outputs of steps 1..i at row t, as a chain drafted from position t would when serving (EAGLE-3, arXiv
+2503.01840, section 3.2 and figure 6). Its token input is the text's token t + 1 + i, its position t + i.
+
+What rows of step 2 may see, for a text of 3 positions (one column per key; x = seen):
+
+             target's features   own, step 1   own, step 2
+    row 0         x . .             x . .         x . .
+    row 1         x x .             . x .         . x .
+    row 2         x x x             . . x         . . x
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from vllm_eagle.train.head.layer import Memory
+from vllm_eagle.train.head.medusa import MedusaHead
+from vllm_eagle.train.head.models import Head
+
+
+def unrolled_mask(length: int, step: int, device: torch.device | None = None) -> torch.Tensor:
+    """[length, (step + 1) * length] bool, true where a row of unrolled step `step` sees a key; step 0 is causal."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    own = torch.eye(length, dtype=torch.bool, device=device)
+    return torch.cat([causal, *[own] * step], dim=1)
+
+
+class UnrolledMemory(Memory):
+    """Keys and values of the first pass and of every unrolled step so far."""
+
+    def __init__(self) -> None:
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    @property
+    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first pass, [batch, kv_heads, seq, head_dim]."""
+        return self._keys[0], self._values[0]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self._keys.append(key)
+        self._values.append(value)
+        step = len(self._keys) - 1
+        query = query.to(value.dtype)
+        if step == 0:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        mask = unrolled_mask(query.shape[2], step, query.device)
+        # On CUDA the memory-efficient kernel takes a mask but no grouped heads, the flash kernel groups but no mask.
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (torch.cat(x, 2).repeat_interleave(groups, 1) for x in (self._keys, self._values))
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+def unroll(
+    head: Head,
+    token_ids: torch.Tensor,  # [batch, seq] int64
+    features: torch.Tensor,  # [batch, seq, features], the target's
+    num_steps: int,
+    token_shift: int = 1,  # 0, for comparison only: the token of the feature itself instead of the next one
+) -> Iterator[torch.Tensor]:  # num_steps times [batch, seq, hidden]
+    """Outputs of the first pass and the `num_steps - 1` unrolled ones; row t of step i stands for position t + 1 + i.
+
+    Rows whose tokens lie beyond the end of the text hold nothing of use; leave them out of any loss.
+    """
+    if isinstance(head, MedusaHead):
+        yield from head.drafts(features, num_steps)
+        return
+    memory = UnrolledMemory()
+    hidden = head.fuse(features)
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
+    for step in range(num_steps):
+        ahead = min(token_shift + step, token_ids.shape[1])
+        tokens = F.pad(token_ids[:, ahead:], (0, ahead))
+        hidden, ready = head(tokens, hidden, positions + step, memory)
+        yield ready

@@ -1,0 +1,134 @@
+"""Let the target write the answers itself: the head then learns the text that it will draft.
+
+    vllm-eagle regenerate --target MODEL --data FILE [FILE ...] --out FILE [--temperature 0 0.7 1]
+
+Every answer of a dialogue is replaced by the target's, in order, each with the answers before it as context; a question at the end
+gets an answer, too. System turns stay. Dialogues with tool turns are left out: the tool's reply belongs to the old answer. Several
+temperatures take turns, row by row. An answer that reaches --max-tokens ends its dialogue and carries "finish_reason": "length";
+training then teaches no end of turn behind it.
+
+Finished dialogues are appended to OUT in chunks. The same command continues where it stopped; OUT.meta.json says what OUT was made
+with, and other arguments are refused. Rows that are left out are tried again by the next run.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from vllm_eagle.train.data.report import DataReport
+from vllm_eagle.train.data.rows import check_files
+from vllm_eagle.train.features.target import load_config, load_tokenizer
+from vllm_eagle.train.regenerate.journal import Journal
+from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Regenerator, Settings
+
+OpenEngine = Callable[[Settings, int], AbstractContextManager[Generate]]  # settings, seed
+
+
+@contextmanager
+def open_vllm(settings: Settings, seed: int) -> Iterator[Generate]:
+    """A vLLM engine in this process that samples with `seed`."""
+    from vllm_eagle.bench.engines.offline import engine, prepare_environment
+
+    prepare_environment()
+    import torch
+    from vllm import SamplingParams
+
+    options = {"dtype": settings.dtype, "max_model_len": settings.max_model_len, "seed": seed, "max_num_seqs": 128}
+    if not torch.cuda.is_available():
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    with engine(settings.target, **options) as llm:
+
+        def generate(prompts: list[list[int]], temperatures: list[float]) -> list[Answer]:
+            # No seed per request: vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps.
+            params = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            return [(output.outputs[0].text, output.outputs[0].finish_reason) for output in outputs]
+
+        yield generate
+
+
+def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine = open_vllm, progress: bool = True) -> int:
+    """Write the dialogues that OUT does not hold yet; returns their number.
+
+    Args:
+        settings: what to do.
+        report: gets the rows that were left out.
+        open_engine: opens what generates, given settings and seed. Only called if there is work.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a file is missing, the target has no chat template or is too short, or OUT was made with other arguments.
+    """
+    check_files(list(settings.data))
+    longest = load_config(settings.target).to_dict().get("max_position_embeddings")
+    if longest is not None and settings.max_model_len > longest:
+        raise ValueError(f"--max-model-len is {settings.max_model_len}, but {settings.target} has only {longest} positions")
+    tokenizer = load_tokenizer(settings.target)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{settings.target}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
+    journal = Journal(settings.out, settings.arguments())
+    done = {(row["source"]["data"], row["source"]["line"]) for row in journal.rows()}
+    # Another seed than the run before: its random numbers would come again, for other questions.
+    with _opened_late(open_engine, settings, settings.seed + len(done)) as generate:
+        return Regenerator(settings, tokenizer, generate, journal, report).run(done, progress)
+
+
+@contextmanager
+def _opened_late(open_engine: OpenEngine, settings: Settings, seed: int) -> Iterator[Generate]:
+    """Opens the engine when it is first asked."""
+    opened: list[Generate] = []
+    with ExitStack() as stack:
+
+        def generate(prompts: list[list[int]], temperatures: list[float]) -> list[Answer]:
+            if not opened:
+                opened.append(stack.enter_context(open_engine(settings, seed)))
+            return opened[0](prompts, temperatures)
+
+        yield generate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument("--target", required=True, help="folder of the target model")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="dialogues or prompts (.jsonl, .json, .gz)")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL to write, or to continue")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0], help="in turns (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default %(default)s)")
+    parser.add_argument("--max-model-len", type=int, default=1024, help="prompt and answer (default %(default)s)")
+    parser.add_argument("--limit", type=int, help="use the first N dialogues")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Regenerate; prints what was left out, and how many dialogues there are."""
+    settings = Settings(
+        target=args.target,
+        data=tuple(args.data),
+        out=args.out,
+        temperatures=tuple(args.temperature),
+        max_tokens=args.max_tokens,
+        max_model_len=args.max_model_len,
+        limit=args.limit,
+        seed=args.seed,
+        dtype=args.dtype,
+    )
+    report = DataReport()
+    num_written = regenerate(settings, report)
+    print("\n".join([*report.complaints(), f"{num_written} dialogues added to {settings.out}"]))
+    return 0
+
+
+def main() -> None:
+    """Command line, as `vllm-eagle regenerate`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args())
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One training run: settings, loop, checkpoints, curves, run card."""

@@ -1,0 +1,56 @@
+"""The head that a run begins with: a new one, started from what the target knows, or one that was trained before."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_eagle.train.data.examples import Example
+from vllm_eagle.train.features.target import FrozenTarget, default_aux_layers, head_config
+from vllm_eagle.train.head.files import load_head
+from vllm_eagle.train.head.medusa import MedusaHead
+from vllm_eagle.train.head.models import Eagle3Head, EagleHead, Head, aux_layers
+from vllm_eagle.train.head.vocabulary import count_tokens, coverage, draft_vocabulary
+from vllm_eagle.train.run.settings import TrainSettings
+
+
+def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[Example]) -> tuple[Head, dict[str, Any]]:
+    """A head to be trained, and what the run card should say about it. `examples` choose EAGLE-3's draft vocabulary."""
+    if settings.method == "eagle":
+        return EagleHead(head_config(target.config), target.embed, target.lm_head), {}
+    if settings.method == "medusa":
+        return MedusaHead(head_config(target.config), target.embed, target.lm_head, settings.loss.num_steps), {}
+    num_layers = target.config.num_hidden_layers
+    layers = list(settings.aux_layers or default_aux_layers(num_layers))
+    if not all(0 <= layer <= num_layers for layer in layers):
+        raise ValueError(f"--aux-layers {layers}: choose numbers from 0 to {num_layers}, the target's layers")
+    size = min(settings.draft_vocab, target.config.vocab_size)
+    head = Eagle3Head(head_config(target.config, size, layers), target.embed)
+    counts = count_tokens(((e.token_ids, e.loss_mask) for e in examples), target.config.vocab_size)
+    d2t, t2d = draft_vocabulary(counts, size)
+    if head.target_ids is not None:
+        head.d2t.copy_(d2t)
+        head.t2d.copy_(t2d)
+    # The target's own LM head and final norm are the best guess at what turns a feature into these tokens.
+    chosen = t2d.nonzero()[:, 0]
+    head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen])
+    head.norm.weight.data.copy_(target.decoder.norm.weight.data)
+    return head, {"aux_layers": layers, "draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
+
+
+def continued_head(target: FrozenTarget, settings: TrainSettings) -> tuple[Head, dict[str, Any]]:
+    """The head that `--init` names, to be trained further, and what the run card should say about it.
+
+    Raises:
+        ValueError: it is of another kind than the settings ask for, or cannot be read.
+    """
+    path = settings.init
+    assert path is not None
+    head = load_head(path, target)
+    kind = {EagleHead: "eagle", Eagle3Head: "eagle3", MedusaHead: "medusa"}[type(head)]
+    if kind != settings.method:
+        raise ValueError(f"--init {path} is a head of --method {kind}, not {settings.method}; change one of them")
+    if head.max_steps is not None and head.max_steps != settings.loss.num_steps:
+        raise ValueError(f"--init {path} has {head.max_steps} Medusa heads; give --unroll-steps {head.max_steps}")
+    facts: dict[str, Any] = {"init": str(path)}
+    if isinstance(head, Eagle3Head):
+        facts |= {"aux_layers": aux_layers(head.config), "draft_vocab": head.config.draft_vocab_size}
+    return head, facts

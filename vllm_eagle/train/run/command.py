@@ -1,0 +1,94 @@
+"""`vllm-eagle train`: options -> TrainSettings."""
+
+import argparse
+import sys
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+from vllm_eagle.train.run.settings import DEFAULT_WEIGHTS, TrainSettings
+
+_DEFAULTS = {field.name: field.default for field in fields(TrainSettings) if field.default is not MISSING}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument("--target", required=True, help="folder of the target model")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="dialogues (.jsonl, .json, .gz) or text (.txt)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for head, checkpoints, curves and run card")
+    parser.add_argument("--method", choices=["eagle", "eagle3", "medusa"], default="eagle", help="medusa: for comparison only")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--init", type=Path, help="head to start from")
+
+    run = parser.add_argument_group("length of the run")
+    _add(run, "--epochs", float, "passes over the data")
+    _add(run, "--steps", int, "optimizer steps, instead of epochs")
+    _add(run, "--batch-tokens", int, "most tokens per forward pass and process")
+    _add(run, "--accumulate", int, "forward passes per optimizer step")
+    _add(run, "--max-length", int, "tokens after which a dialogue is cut, at most the target's positions")
+    _add(run, "--holdout", float, "share of the dialogues kept for validation")
+
+    head = parser.add_argument_group("head and loss")
+    _add(head, "--lr", float, "highest learning rate")
+    _add(head, "--warmup", int, "steps until it is reached")
+    _add(head, "--grad-clip", float, "norm to which gradients are clipped")
+    _add(head, "--draft-vocab", int, "eagle3: size of the draft vocabulary, capped at the target's")
+    head.add_argument("--aux-layers", type=int, nargs=3, metavar="LAYER", help="eagle3: target layers (default 2, n/2, n-3)")
+    head.add_argument("--unroll-steps", type=int, help="first pass and passes on own outputs (default: 1, eagle3 7, medusa 5)")
+    head.add_argument("--step-decay", type=float, help="weight of a step relative to the one before (default 0.8)")
+    head.add_argument("--noise", type=float, help="half width of the noise on features (default: 0.1, eagle3 0)")
+    head.add_argument("--regression-weight", type=float, help="weight of the feature loss (default: 1, eagle3 0)")
+    head.add_argument("--classification-weight", type=float, help="weight of the token loss (default: 0.1, eagle3 1)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    _add(machine, "--seed", int, "of initial weights, order and noise")
+    machine.add_argument("--cache-dir", type=Path, help="keep the target's features here for later epochs")
+    _add(machine, "--cache-gb", float, "most disk space for them")
+    _add(machine, "--log-every", int, "steps")
+    _add(machine, "--eval-every", int, "steps")
+    _add(machine, "--checkpoint-every", int, "steps")
+    machine.add_argument("--price-per-hour", type=float, help="of one device, for the run card")
+
+
+def _add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str) -> None:
+    default = _DEFAULTS[flag.removeprefix("--").replace("-", "_")]
+    group.add_argument(flag, type=kind, default=default, help=text + ("" if default is None else " (default %(default)s)"))
+
+
+def settings_from(args: argparse.Namespace) -> TrainSettings:
+    """Settings of a parsed command line.
+
+    Raises:
+        ValueError: an option cannot be.
+    """
+    named = {
+        "num_steps": args.unroll_steps,
+        "step_decay": args.step_decay,
+        "noise": args.noise,
+        "regression": args.regression_weight,
+        "classification": args.classification_weight,
+    }
+    weights = replace(DEFAULT_WEIGHTS[args.method], **{k: v for k, v in named.items() if v is not None})
+    options = {name: getattr(args, name) for name in _DEFAULTS if hasattr(args, name)}
+    options |= {"aux_layers": tuple(args.aux_layers) if args.aux_layers else None}
+    return TrainSettings(target=args.target, data=tuple(args.data), out=args.out, weights=weights, **options)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; prints where the head is and how good."""
+    settings = settings_from(args)
+    from transformers.utils import logging
+
+    from vllm_eagle.train.run.loop import train
+
+    logging.disable_progress_bar()
+    try:
+        card = train(settings)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command with --resume goes on from the newest checkpoint in {settings.out}", file=sys.stderr)
+        return 130
+    if card:
+        held_out = card["facts"].get("held_out", {})
+        alphas = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items() if name.startswith("alpha"))
+        print(f"{settings.out}: {card['result']['tokens']:,} tokens in {card['result']['seconds']:,.0f} s. {alphas}")
+    return 0

@@ -1,0 +1,51 @@
+"""May this run write to that folder, and is it the run that was started there?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle.train.run import checkpoint
+from vllm_eagle.train.run.settings import TrainSettings
+
+
+def check_out(settings: TrainSettings) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        ValueError: the folder holds another run, or none where one is to be resumed, or options differ.
+    """
+    newest = checkpoint.newest(settings.out)
+    if not settings.resume:
+        # Other processes of this launch may have made the folder already; only a checkpoint or a head is a run.
+        if newest is not None or (settings.out / "model.safetensors").exists():
+            raise ValueError(f"--out {settings.out} holds a run already; add --resume to go on with it, or name another folder")
+        return None
+    if newest is None:
+        raise ValueError(f"--resume: {settings.out} holds no checkpoint; start without --resume")
+    before = _card(settings.out)["settings"]
+    changed = [k for k, v in settings.fixed().items() if before.get(k) != json.loads(json.dumps(v))]
+    if changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise ValueError(
+            f"--resume: {flags} differ from the run in {settings.out}; resume with the same options, or start a new run"
+        )
+    return newest
+
+
+def _card(out: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((out / "run_card.json").read_text())
+    return card
+
+
+def check_same(out: Path, now: dict[str, Any]) -> None:
+    """Compare what decides the order of batches and is no option: `data_sha256` and `processes`.
+
+    Raises:
+        ValueError: one of them has changed.
+    """
+    card = _card(out)
+    before = {"data_sha256": card["data_sha256"], "processes": card["facts"]["processes"]}
+    if before["data_sha256"] != now["data_sha256"]:
+        raise ValueError(f"--resume: the data has changed since {out} was started; restore it, or start a new run")
+    if before["processes"] != now["processes"]:
+        raise ValueError(f"--resume: the run in {out} has {before['processes']} processes, not {now['processes']}; use as many")
