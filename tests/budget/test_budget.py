@@ -156,8 +156,8 @@ def test_a_level_that_cannot_pay_is_not_drafted() -> None:
 def test_levels_that_rarely_run_cost_little() -> None:
     often, rarely = (budget(FLAT, CostCurve([1, 64], [0.002, 0.002])) for _ in range(2))
     for _ in range(300):
-        often.saw_drafting(0.002, 4, 0.014, 1, [1] * 7, 8)
-        rarely.saw_drafting(0.002, 4, 0.002, 1, [1], 8)
+        often.costs.saw_drafting(0.002, 4, 0.014, 1, [1] * 7, 8)
+        rarely.costs.saw_drafting(0.002, 4, 0.002, 1, [1], 8)
     assert rarely.rates(1)[8] > 1.1 * often.rates(1)[8]
 
 
@@ -177,15 +177,15 @@ def test_where_prompts_come_often_fewer_drafts_pay() -> None:
     roofline = CostCurve([1, 256, 1024], [0.02, 0.06, 0.24])
     often, never = budget(roofline, CHEAP_HEAD), budget(roofline, CHEAP_HEAD)
     for step in range(300):
-        often.saw_prompts(200 * (step % 2))
-        never.saw_prompts(0)
+        often.costs.saw_prompts(200 * (step % 2))
+        never.costs.saw_prompts(0)
     assert settled(often, 16).node_floor > settled(never, 16).node_floor
     assert often.rates(16).max() / often.rates(16)[0] < 0.8 * never.rates(16).max() / never.rates(16)[0]
     scores, depths = tree()
     fewer, more = (sum(made.keep([scores] * 16, [depths] * 16, 8, 16)) for made in (often, never))
     assert fewer < 0.8 * more
     for _ in range(300):
-        often.saw_prompts(100)  # a prompt in every pass
+        often.costs.saw_prompts(100)  # a prompt in every pass
     assert settled(often, 16).depth == 0
     assert sum(often.keep([scores - 0.3] * 16, [depths] * 16, 8, 16)) == 0
 
@@ -204,7 +204,7 @@ def test_it_looks_again_less_and_less_often_and_sees_a_change() -> None:
     assert 4 <= len(probes) <= 12
     assert (np.diff(np.diff(probes)) >= 0).all()
     assert all(plan.most_requests == 2 for plan in (made.plan(16) for _ in range(2000)) if plan.depth)
-    made.target = FLAT
+    made.costs.target = FLAT
     assert settled(made, 4).depth == 8
 
 
@@ -217,11 +217,11 @@ def test_no_trees() -> None:
 def test_costs_of_drafting_and_of_the_gap_are_followed() -> None:
     made = budget(FLAT, CHEAP_HEAD)
     for _ in range(300):
-        made.saw_drafting(0.01, 4, 0.07, 1, [4] * 7, 8)
-        made.saw_gap(0.005)
-    assert float(made.head(np.array([4] * 7)).sum()) == pytest.approx(0.07, rel=0.1)
-    assert made.first_s + float(made.head(np.array(4))) == pytest.approx(0.01, rel=0.05)
-    assert made.outside_s == pytest.approx(0.005, rel=0.05)
+        made.costs.saw_drafting(0.01, 4, 0.07, 1, [4] * 7, 8)
+        made.costs.saw_gap(0.005)
+    assert float(made.costs.head(np.array([4] * 7)).sum()) == pytest.approx(0.07, rel=0.1)
+    assert made.costs.first_s + float(made.costs.head(np.array(4))) == pytest.approx(0.01, rel=0.05)
+    assert made.costs.outside_s == pytest.approx(0.005, rel=0.05)
     assert made.plan(1).depth < 8
 
 
@@ -229,11 +229,11 @@ def test_what_is_spent_anyway_makes_no_level_dearer() -> None:
     """A slow beginning tells for no drafting or for more of it, not for fewer levels."""
     quick, slow = budget(FLAT, CHEAP_HEAD), budget(FLAT, CHEAP_HEAD)
     for _ in range(100):
-        quick.saw_drafting(0.0001, 4, 0.014, 1, [4] * 7, 8)
-        slow.saw_drafting(0.003, 4, 0.014, 1, [4] * 7, 8)
+        quick.costs.saw_drafting(0.0001, 4, 0.014, 1, [4] * 7, 8)
+        slow.costs.saw_drafting(0.003, 4, 0.014, 1, [4] * 7, 8)
     assert settled(slow).depth >= settled(quick).depth > 0
     for _ in range(100):
-        slow.saw_drafting(0.1, 4, 0.014, 1, [4] * 7, 8)
+        slow.costs.saw_drafting(0.1, 4, 0.014, 1, [4] * 7, 8)
     assert settled(slow).depth == 0
 
 
@@ -254,9 +254,9 @@ def test_what_passes_with_drafts_cost_besides_tells_against_drafting() -> None:
     for _ in range(200):
         made.saw_pass(0.02, 4, num_trees=0)
         made.saw_pass(0.12, 16, num_trees=1)
-    assert made.target.drafts_s(np.array(1)) > 0.07  # the rest is taken for the price of more tokens
-    assert made.target.drafts_s(np.array(1)) + float(made.target(np.array(16))) == pytest.approx(0.12, rel=0.15)
-    assert float(made.target(np.array(4))) == pytest.approx(0.02, rel=0.1)
+    assert made.costs.target.drafts_s(np.array(1)) > 0.07  # the rest is taken for the price of more tokens
+    assert made.costs.target.drafts_s(np.array(1)) + float(made.costs.target(np.array(16))) == pytest.approx(0.12, rel=0.15)
+    assert float(made.costs.target(np.array(4))) == pytest.approx(0.02, rel=0.1)
     assert settled(made).depth == 0
 
 
@@ -268,7 +268,7 @@ def test_a_machine_that_becomes_slower_does_not_tell_against_drafting() -> None:
         made.saw_pass(0.02, 16, num_trees=1)
     for _ in range(300):
         made.saw_pass(0.06, 16, num_trees=1)
-    assert made.target.drafts_s(np.array(1)) < 0.003
+    assert made.costs.target.drafts_s(np.array(1)) < 0.003
     assert settled(made).depth > 0
 
 
@@ -287,7 +287,7 @@ def test_where_gains_are_small_what_was_begun_goes_on_and_what_was_not_does_not_
 
 def test_small_gains_are_compared_with_plain_decoding_in_turns() -> None:
     made = budget(CostCurve([1, 16], [0.02, 0.02 * 16]), CHEAP_HEAD)
-    made.target = CostCurve([1, 2, 16], [0.02, 0.033, 0.02 * 20])  # the second token costs 0.65 of the first and yields 0.8
+    made.costs.target = CostCurve([1, 2, 16], [0.02, 0.033, 0.02 * 20])  # the second token costs 0.65 of the first and yields 0.8
     depths = [made.plan(1).depth for _ in range(100)]
     first = next(i for i, depth in enumerate(depths) if depth)
     assert 1.03 < made.rates(1).max() / made.rates(1)[0] < 1.15
@@ -299,7 +299,7 @@ def test_small_gains_are_compared_with_plain_decoding_in_turns() -> None:
 def test_catching_up_must_pay_back_soon() -> None:
     """Where much is gained, or the head's passes cost nothing, whatever was missed is caught up with."""
     dear = budget(FLAT, CostCurve([1, 64], [1e-4, 6.4e-3]))
-    much, little = dear.plan(1).most_missed, budget(CostCurve([1, 16], [0.02, 0.14]), dear.head).plan(1).most_missed
+    much, little = dear.plan(1).most_missed, budget(CostCurve([1, 16], [0.02, 0.14]), dear.costs.head).plan(1).most_missed
     assert 1000 < much < 50_000
     assert little < much / 2
     assert budget(FLAT, CostCurve([1, 64], [1e-4, 1e-4])).plan(1).most_missed > 1e6
@@ -307,11 +307,11 @@ def test_catching_up_must_pay_back_soon() -> None:
 
 def test_widths_that_are_said_before_leave_room_for_twice_what_was_useful() -> None:
     made = budget(FLAT, CHEAP_HEAD)
-    assert made.widths(8) == [8] * 8
+    assert made.profile.widths(8) == [8] * 8
     for _ in range(200):
-        made.saw_trees(np.array([2.0, 1.2, 0.9, 0.6, 0.3, 0.0, 0.0, 0.0]), 6)
-    assert made.widths(8) == [4, 3, 2, 2, 1, 8, 8, 8]  # of the last ones nothing is known
-    assert made.widths(3) == [3, 3, 2, 2, 1, 3, 3, 3]
+        made.profile.saw_trees(np.array([2.0, 1.2, 0.9, 0.6, 0.3, 0.0, 0.0, 0.0]), 6)
+    assert made.profile.widths(8) == [4, 3, 2, 2, 1, 8, 8, 8]  # of the last ones nothing is known
+    assert made.profile.widths(3) == [3, 3, 2, 2, 1, 3, 3, 3]
 
 
 def test_same_numbers_same_decisions() -> None:

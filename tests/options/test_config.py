@@ -207,5 +207,5 @@ def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(seams.CPUModelRunner, "_sample", _sample)
     assert seams.changed_seams() == [
-        "CPUModelRunner._sample now takes (logits, spec_decode_metadata, novelty); edit engine/runner.py"
+        "CPUModelRunner._sample now takes (logits, spec_decode_metadata, novelty); edit engine/v1/runner.py"
     ]

@@ -147,7 +147,7 @@ def with_budget(
             first_rows = int(missed[drafting].sum())
             missed[drafting] = 0
             first_s, levels_s = float(head(np.array(first_rows))), float(head(np.array(rows)).sum()) if rows else 0.0
-            budget.saw_drafting(first_s * seen_s, first_rows, levels_s * seen_s, len(drawn), rows, plan.depth)
+            budget.costs.saw_drafting(first_s * seen_s, first_rows, levels_s * seen_s, len(drawn), rows, plan.depth)
             chosen = [tree.drafted(1 + len(rows), plan)[:num_draft_tokens] for tree in drawn]
             scores, depths = (
                 [of[places] for of, places in zip(each, chosen, strict=True)]

@@ -96,7 +96,7 @@ class DraftPlanning(GPUModelRunner):
             numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
             if self._fixed_width and trees:
                 inner = inner_nodes(list(trees.values()), self.tree_config.depth_limit) / len(trees)
-                self.budget.saw_trees(inner, self._drafting.depth)
+                self.budget.profile.saw_trees(inner, self._drafting.depth)
             trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
@@ -114,17 +114,17 @@ class DraftPlanning(GPUModelRunner):
             return
         gap_s, pass_s, draft_s, levels_s = costs.agree([*self._clock.read(), self.drafter.levels_s])
         if not scheduler_output.scheduled_new_reqs:  # else the engine may have waited for them
-            self.budget.saw_gap(gap_s)
+            self.budget.costs.saw_gap(gap_s)
         num_tokens, req_ids = scheduler_output.num_scheduled_tokens, self.input_batch.req_ids
-        self.budget.saw_prompts(sum(num_tokens[req_ids[row]] for row in self._prompt_rows))
+        self.budget.costs.saw_prompts(sum(num_tokens[req_ids[row]] for row in self._prompt_rows))
         if not self._prompt_rows:
             num_trees = len(scheduler_output.scheduled_spec_decode_tokens)
             self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, num_trees)
         if (drafter := self.drafter).num_drafting:
             depth = self._drafting.depth
             if self._fixed_width:  # the host only launches the first pass, and waits for everything later
-                levels_s = draft_s * self.budget.levels_share(drafter.first_rows, drafter.level_rows)
-            self.budget.saw_drafting(
+                levels_s = draft_s * self.budget.costs.levels_share(drafter.first_rows, drafter.level_rows)
+            self.budget.costs.saw_drafting(
                 draft_s - levels_s, drafter.first_rows, levels_s, drafter.num_drafting, drafter.level_rows, depth
             )
 
@@ -136,7 +136,7 @@ class DraftPlanning(GPUModelRunner):
         self._drafting, limits = Plan(self.tree_config.depth_limit), Limits(fixed_width=self._fixed_width)
         if self.budget is not None and num_decoding:
             self._drafting = plan = self.budget.plan(num_decoding)
-            widths = self.budget.widths(self.tree_config.children) if self._fixed_width else None
+            widths = self.budget.profile.widths(self.tree_config.children) if self._fixed_width else None
             limits = Limits(plan.node_floor, partial(self.budget.pays, plan), widths, self._fixed_width)
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
         now = {*drawn, *self._prompt_rows}
