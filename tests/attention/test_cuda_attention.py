@@ -135,6 +135,7 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(
         num_actual_tokens=len(query),
         trees=None,
         plain=None,
+        plain_rows=None,
         tree_rows=None,
     )
     builder = backend.get_builder_cls().__new__(backend.get_builder_cls())
@@ -167,7 +168,7 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(
 def test_a_pass_without_trees_is_vllms(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     impl = new_impl(backend, 8)
     seen = []
-    monkeypatch.setattr(backend.get_impl_cls().__mro__[2], "forward", lambda *args: seen.append(args) or "vLLM's")
+    monkeypatch.setattr(backend.get_impl_cls().__mro__[3], "forward", lambda *args: seen.append(args) or "vLLM's")
     x = torch.zeros(1, 1, 8)
     assert impl.forward(LAYER, x, x, x, x, SimpleNamespace(trees=None), x) == "vLLM's"
     assert impl.forward(LAYER, x, x, x, x, None, x) == "vLLM's"
@@ -205,7 +206,7 @@ def test_a_cache_in_fp8_is_read_back_as_plain_decoding_would(backend: Any) -> No
     impl.kv_cache_dtype = "fp8"
     layer = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
     x = torch.tensor([0.1, 300.0, 500.0, -1e4]).reshape(1, 1, 4)
-    key, value = impl._as_cached(layer, x, x)
+    key, value = impl.as_cached(layer, x, x)
     assert torch.equal(key, (x / 0.5).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.5)
     assert torch.equal(value, (x / 2).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 2)
 

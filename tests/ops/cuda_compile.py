@@ -190,7 +190,13 @@ def verify(backend: Any, runner: Any, batch: Any, table: torch.Tensor) -> None:
     builder = backend.get_builder_cls().__new__(backend.get_builder_cls())
     builder.device = torch.device("cpu")
     metadata = SimpleNamespace(
-        block_table=table, query_start_loc_cpu=starts, num_actual_tokens=rows, trees=None, plain=None, tree_rows=None
+        block_table=table,
+        query_start_loc_cpu=starts,
+        num_actual_tokens=rows,
+        trees=None,
+        plain=None,
+        plain_rows=None,
+        tree_rows=None,
     )
     builder.attach(metadata, batch)
     for layer in runner.compilation_config.static_forward_context.values():

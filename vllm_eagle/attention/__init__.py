@@ -1,7 +1,7 @@
 """Attention over a paged context plus a tree: rows see their request's whole context and their ancestors in the tree.
 
-- interface.py: what the engine asks of a device's attention.
-- rows.py, levels.py: the batch as kernels take it; passes of the head over tree levels.
+- interface.py: what the engine asks of a device's attention. A new backend is a file of its own, on top of tree_impl.py.
+- tree_impl.py: what all backends share: which rows go where. levels.py: passes of the head over tree levels.
 - reference.py: plain torch, one request at a time; the oracle of the tests.
 - cpu_cache.py: where vLLM's CPU kernels put a token's keys and values inside a block.
 - cpu_kernel.py: the CPU kernel, on tensors.

@@ -17,8 +17,6 @@ But for float32, these are what `not_supported_reasons` of the impls say when la
 
 Where nothing is chosen, it is FLASH_ATTN if it can run target and head, else TRITON_ATTN: FlashAttention reads a long context
 fastest, and the tree's own keys are few. That is reasoning, not measurement.
-
-Requests without a tree, and chains, run through vLLM's own kernel as always. Keys and values are written by vLLM.
 """
 
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import uses_fa4_hd256_kernel
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -41,8 +39,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from vllm_eagle.algorithm.verify import TreeBatch
-from vllm_eagle.attention.levels import DraftLevels
-from vllm_eagle.ops.rows import TreeRows
+from vllm_eagle.attention.tree_impl import Divided, TreeImpl, TreePass, tree_rows
 
 _FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
 
@@ -83,21 +80,17 @@ def _flash_attention_takes(model: ModelConfig, max_model_len: int) -> bool:
 
 
 @dataclass
-class Divided:
-    """How the rows of a pass that verifies trees divide; in addition to vLLM's metadata."""
+class DividedOnGPU(Divided):
+    """What the GPU's kernels want to know besides, without asking the GPU."""
 
     query_start_loc_cpu: torch.Tensor | None = None  # [num_reqs + 1] int32, on the host
-    trees: TreeRows | None = None  # None: no tree in this pass
     tree_rows: torch.Tensor | None = None  # [num_tree_rows] int64; None: all rows belong to trees, in order
     num_tree_rows: int = 0
     tree_starts: torch.Tensor | None = None  # [num_trees + 1] int32, where each tree begins among the tree rows
-    longest_context: int = 0  # at least that of any tree
-    plain: Any = None  # vLLM's metadata of the requests without a tree, as a batch of their own; None: there are none
-    plain_rows: torch.Tensor | None = None  # [num_plain_rows] int64
 
 
 @dataclass
-class TreeTritonAttentionMetadata(Divided, TritonAttentionMetadata):
+class TreeTritonAttentionMetadata(DividedOnGPU, TritonAttentionMetadata):
     """Of Triton."""
 
 
@@ -116,16 +109,7 @@ class TreeBuilder:
     def attach(self, metadata: Any, batch: TreeBatch) -> None:
         """Divide the rows of `metadata` into those of `batch`'s trees and the rest. Nothing is read back from the GPU."""
         sent = partial(async_tensor_h2d, device=self.device)
-        first_rows, num_rows = sent(batch.first_rows), sent(batch.num_nodes)
-        metadata.trees = TreeRows(
-            metadata.block_table[sent(batch.req_indices)],
-            sent(batch.context_lens),
-            first_rows,
-            num_rows,
-            first_keys=first_rows,
-            num_keys=num_rows,
-            visible=sent(batch.ancestors),
-        )
+        metadata.trees = tree_rows(batch, metadata.block_table, sent)
         metadata.longest_context = int(batch.context_lens.max())
         metadata.num_tree_rows = int(batch.num_nodes.sum())
         starts = torch.nn.functional.pad(torch.from_numpy(batch.num_nodes).cumsum(0), (1, 0))
@@ -156,15 +140,11 @@ class TreeBuilder:
             metadata.plain = super().build(0, subset)  # type: ignore[misc]
 
 
-class TreeImpl:
-    """Mixin of vLLM's attention: verification passes over trees and the head's passes over tree levels."""
+class TreeGPUImpl(TreeImpl):
+    """Mixin of vLLM's CUDA attention: tree rows by our kernel."""
 
-    scale: float
     head_size: int
     kv_cache_dtype: str
-    attn_type: str
-    alibi_slopes: Any
-    sinks: torch.Tensor | None
     sliding_window: tuple[int, int] | None
     logits_soft_cap: float | None
 
@@ -172,81 +152,23 @@ class TreeImpl:
         super().__init__(*args, **kwargs)
         self.supports_quant_query_input = False  # tree rows want the query as it is
 
-    def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """Tree rows are written in the model's type: vLLM may not leave it to attention to quantize them."""
-        return False
-
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As vLLM's; shapes as there."""
-        if isinstance(attn_metadata, DraftLevels):
-            own = attn_metadata.add(layer.layer_name, key, value)
-            self.attend(layer, query, *own, kv_cache, attn_metadata.rows, attn_metadata.longest_context, output)
-            return output
-        trees = None if attn_metadata is None else attn_metadata.trees
-        if trees is None:
-            plain = super().forward  # type: ignore[misc]
-            return plain(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        assert output_scale is None and output_block_scale is None, "`fused_output_quant_supported` says so"  # noqa: PT018
-        self._verify(layer, query, *self._as_cached(layer, key, value), kv_cache, attn_metadata, output)
-        if attn_metadata.plain is not None:
-            rows = attn_metadata.plain_rows
-            plain_output = torch.empty_like(output[rows])
-            plain = super().forward  # type: ignore[misc]
-            plain(layer, query[rows], key[rows], value[rows], kv_cache, attn_metadata.plain, plain_output)
-            output[rows] = plain_output
-        return output
-
-    def _verify(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Any,
-        output: torch.Tensor,
-    ) -> None:
-        """Tree rows of a verification pass."""
-        self.attend(layer, query, key, value, kv_cache, metadata.trees, metadata.longest_context, output)
-
-    def attend(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: TreeRows,
-        longest_context: int,
-        output: torch.Tensor,
-    ) -> None:
+    def attend(self, trees: TreePass) -> None:
         """Tree rows by our kernel alone."""
         from vllm_eagle.ops.tree_attention import tree_attention
 
         tree_attention(
-            query,
-            key,
-            value,
-            self._typed(kv_cache),
-            rows,
+            trees.query,
+            trees.key,
+            trees.value,
+            self._typed(trees.kv_cache),
+            trees.rows,
             self.scale,
-            output,
-            longest_context,
+            trees.output,
+            trees.longest_context,
             soft_cap=float(self.logits_soft_cap or 0.0),
             window=self._window,
-            key_scale=layer._k_scale_float,
-            value_scale=layer._v_scale_float,
+            key_scale=trees.layer._k_scale_float,
+            value_scale=trees.layer._v_scale_float,
         )
 
     @property
@@ -257,8 +179,8 @@ class TreeImpl:
     def _typed(self, kv_cache: torch.Tensor) -> torch.Tensor:
         return kv_cache.view(current_platform.fp8_dtype()) if is_quantized_kv_cache(self.kv_cache_dtype) else kv_cache
 
-    def _as_cached(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as plain decoding would read them back, rounded to the cache's type."""
+    def as_cached(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rounded to the cache's type."""
         if not is_quantized_kv_cache(self.kv_cache_dtype):
             return key, value
         rounded = []
@@ -269,13 +191,7 @@ class TreeImpl:
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
         """Why this layer cannot run tree rows; empty if it can."""
-        reasons = []
-        if self.attn_type != AttentionType.DECODER:
-            reasons.append(f"attention of type {self.attn_type} is not causal self-attention")
-        if self.alibi_slopes is not None:
-            reasons.append("ALiBi goes by cache slot, tree positions do not")
-        if self.sinks is not None:
-            reasons.append("the tree kernel knows no attention sinks")
+        reasons = super().not_supported_reasons(max_model_len)
         if is_quantized_kv_cache(self.kv_cache_dtype) and self.kv_cache_dtype not in ("fp8", "fp8_e4m3"):
             reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} is not read by the tree kernel; use auto or fp8")
         return reasons
@@ -287,7 +203,7 @@ class TreeTritonAttentionMetadataBuilder(TreeBuilder, TritonAttentionMetadataBui
     metadata_cls = TreeTritonAttentionMetadata
 
 
-class TreeTritonAttentionImpl(TreeImpl, TritonAttentionImpl):
+class TreeTritonAttentionImpl(TreeGPUImpl, TritonAttentionImpl):
     """vLLM's Triton attention; tree rows by our kernel."""
 
 

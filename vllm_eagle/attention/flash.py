@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
-from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -15,11 +14,12 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_eagle.attention.cuda import Divided, TreeBuilder, TreeImpl
+from vllm_eagle.attention.cuda import DividedOnGPU, TreeBuilder, TreeGPUImpl
+from vllm_eagle.attention.tree_impl import TreePass
 
 
 @dataclass
-class TreeFlashAttentionMetadata(Divided, FlashAttentionMetadata):
+class TreeFlashAttentionMetadata(DividedOnGPU, FlashAttentionMetadata):
     """Of a pass."""
 
 
@@ -29,7 +29,7 @@ class TreeFlashAttentionMetadataBuilder(TreeBuilder, FlashAttentionMetadataBuild
     metadata_cls = TreeFlashAttentionMetadata
 
 
-class TreeFlashAttentionImpl(TreeImpl, FlashAttentionImpl):
+class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
     """vLLM's FlashAttention; for tree rows its context part, merged with our kernel's part over the tree's own keys."""
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
@@ -44,50 +44,40 @@ class TreeFlashAttentionImpl(TreeImpl, FlashAttentionImpl):
             reasons.append("FlashAttention 4 with heads of 256 wants other pages; set attention_backend to TRITON_ATTN")
         return reasons
 
-    def _verify(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: TreeFlashAttentionMetadata,
-        output: torch.Tensor,
-    ) -> None:
+    def verify(self, trees: TreePass, metadata: TreeFlashAttentionMetadata) -> None:
         """FlashAttention over the context, without a mask, since all rows of a tree see all of it."""
         from vllm.v1.attention.backends.flash_attn import flash_attn_varlen_func
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
         from vllm_eagle.ops.tree_attention import own_attention
 
-        trees, chosen = metadata.trees, metadata.tree_rows
-        assert trees is not None
+        rows, query, output, chosen = trees.rows, trees.query, trees.output, metadata.tree_rows
         assert metadata.tree_starts is not None
         soft_cap = float(self.logits_soft_cap or 0.0)
         num_rows = metadata.num_tree_rows
         # With the window, though it is longer than any context: so both kinds of launches are one variant of the kernel.
         own, suffix_log_sums = own_attention(
-            query, key, value, kv_cache, trees, self.scale, metadata.tree_starts, num_rows, soft_cap, self._window
+            query, trees.key, trees.value, trees.kv_cache, rows, self.scale, metadata.tree_starts, num_rows, soft_cap, self._window
         )
-        parts = self._typed(kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
+        parts = self._typed(trees.kv_cache).transpose(1, 2).split(self.head_size, dim=-1)
         keys, values = (canonicalize_singleton_dim_strides(x) for x in parts)
-        descale = (len(trees.context_lens), key.shape[1])
+        descale = (len(rows.context_lens), trees.key.shape[1])
         context, context_log_sums = flash_attn_varlen_func(
             q=query[:num_rows] if chosen is None else query[chosen],
             k=keys,
             v=values,
             cu_seqlens_q=metadata.tree_starts,
-            max_seqlen_q=trees.visible.shape[1],
-            seqused_k=trees.context_lens.to(torch.int32),
-            max_seqlen_k=max(1, metadata.longest_context),
+            max_seqlen_q=rows.visible.shape[1],
+            seqused_k=rows.context_lens.to(torch.int32),
+            max_seqlen_k=max(1, trees.longest_context),
             softmax_scale=self.scale,
             causal=False,
             softcap=soft_cap,
-            block_table=trees.block_table,
+            block_table=rows.block_table,
             return_softmax_lse=True,
             fa_version=self.vllm_flash_attn_version,
-            k_descale=layer._k_scale.expand(descale),
-            v_descale=layer._v_scale.expand(descale),
+            k_descale=trees.layer._k_scale.expand(descale),
+            v_descale=trees.layer._v_scale.expand(descale),
         )
         suffix = own.to(query.dtype)
         if chosen is None:

@@ -6,18 +6,17 @@ two backends (`not_supported_reasons`) and pads all trees to the largest: an alt
 
 from importlib.util import find_spec
 
-import torch
-from vllm.v1.attention.backend import AttentionLayer, MultipleOf
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_eagle.attention.cuda import TreeImpl
+from vllm_eagle.attention.cuda import TreeGPUImpl
 from vllm_eagle.attention.flash import TreeFlashAttentionBackend
-from vllm_eagle.ops.rows import TreeRows
+from vllm_eagle.attention.tree_impl import TreePass
 
 
-class TreeXFormersImpl(TreeImpl, FlashAttentionImpl):
+class TreeXFormersImpl(TreeGPUImpl, FlashAttentionImpl):
     """vLLM's FlashAttention; tree rows by xformers."""
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
@@ -39,21 +38,13 @@ class TreeXFormersImpl(TreeImpl, FlashAttentionImpl):
             reasons.append(f"kv_cache_dtype={self.kv_cache_dtype}: xformers reads the model's type, or wants scales per token")
         return [f"{reason}; choose attention_backend TRITON_ATTN" for reason in reasons]
 
-    def attend(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: TreeRows,
-        longest_context: int,
-        output: torch.Tensor,
-    ) -> None:
+    def attend(self, trees: TreePass) -> None:
         """Tree rows by xformers."""
         from vllm_eagle.ops.xformers_attention import tree_attention
 
-        tree_attention(query, key, value, kv_cache, rows, self.scale, output, longest_context)
+        tree_attention(
+            trees.query, trees.key, trees.value, trees.kv_cache, trees.rows, self.scale, trees.output, trees.longest_context
+        )
 
 
 class TreeXFormersBackend(TreeFlashAttentionBackend):

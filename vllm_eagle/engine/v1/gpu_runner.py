@@ -48,6 +48,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_eagle.algorithm import draft
 from vllm_eagle.algorithm.verify import TreeBatch
+from vllm_eagle.attention.tree_impl import TreePass
 from vllm_eagle.engine.v1.proposer import BACKLOG_BYTES
 from vllm_eagle.engine.v1.runner import EagleTreeRunner
 from vllm_eagle.ops.rows import TreeRows
@@ -119,7 +120,8 @@ class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
             query = torch.zeros(num_rows, layer.num_heads, layer.head_size, dtype=self.dtype, device=self.device)
             own = query[:, : layer.num_kv_heads]
             for longest in (1, self.max_model_len):  # in one part, and in several
-                layer.impl.attend(layer, query, own, own, layer.kv_cache, rows, longest, torch.empty_like(query))
+                trees = TreePass(layer, query, own, own, layer.kv_cache, rows, longest, torch.empty_like(query))
+                layer.impl.attend(trees)
 
     def _distinct_layers(self) -> Iterator[Attention]:
         """One layer of each kind that kernels are compiled for."""
