@@ -48,8 +48,8 @@ ROOMS = {
     # commands
     "pair": "",
     "bootstrap": "",
-    "commands": "algorithm bench/engines engine native pair vllm",
-    "cli": "bench/gpu bench/passes bench/recorded bench/speed commands evaluate heads pair train/regenerate train/run",
+    "commands": "algorithm bench/engines bench/passes bench/speed engine evaluate native pair vllm",
+    "cli": "bench/gpu bench/recorded commands heads train/regenerate train/run",
 }
 
 

@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="use the first N dialogues")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

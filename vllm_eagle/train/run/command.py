@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(machine, "--eval-every", int, "steps")
     _add(machine, "--checkpoint-every", int, "steps")
     machine.add_argument("--price-per-hour", type=float, help="of one device, for the run card")
+    parser.set_defaults(run=run)
 
 
 def _add(group: argparse._ArgumentGroup, flag: str, kind: type, text: str) -> None:
