@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 # Before vLLM is imported: engines in this process, no hub, one thread so that a busy machine does not stall in barriers.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -11,25 +12,58 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
-from tests import models
+from tests import models, starts
 from tests.serving.server import TREES, Pair, servers
 
 settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
 
+STARTS = pytest.StashKey[Path]()
 
-# Files that take minutes, those with the longest first: left to the end, one process would run them while the others are done.
-_LONG = ("server_faults", "exactness", "examples_serve", "ray", "soak", "throughput", "train", "replay", "engine", "combine")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The run itself, not one of its processes, counts what is started."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="starts-")
+        config.stash[STARTS] = Path(folder, "starts")
+        starts.begin(config.stash[STARTS], limited=config.option.markexpr == "not exhaustive")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(starts.summary(config.stash[STARTS]))
+
+
+def shares_servers(path: str) -> bool:
+    """Whether a file's tests ask the `pair` of servers."""
+    return path.startswith(("tests/serving/test_serve_", "tests/serving/test_examples_serve"))
+
+
+# Files that take minutes, the longest first: left to the end, one process would run them while the others are done.
+_LONG = ("server_faults", "exactness", "ray", "soak", "throughput", "engine", "combine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; pytest-xdist keeps that order (--no-loadscope-reorder)."""
-    places = {f"test_{name}": place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(_LONG)))
+    places = {f"test_{name}": place for place, name in enumerate(_LONG, start=1)}
+    items.sort(key=lambda item: 0 if shares_servers(item.nodeid) else places.get(item.path.stem, len(_LONG) + 1))
+
+
+class ByFile(LoadFileScheduling):
+    """A process runs whole files, and one process all that share servers."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "servers" if shares_servers(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

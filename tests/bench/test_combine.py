@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from tests.engine.engines import engine, trees
+from tests.tiers import exhaustive, some
 from vllm_eagle.bench.engines.offline import Generated, encode_prompts, generate
 from vllm_eagle.bench.passes.gaps import gaps
 from vllm_eagle.bench.passes.lora import random_adapter
@@ -78,6 +79,7 @@ def test_an_int8_target(quantized: dict[Scheme, Path]) -> None:
         assert generate(llm, PROMPTS, PARAMS).token_ids == plain.token_ids
 
 
+@exhaustive
 def test_a_4_bit_target(quantized: dict[Scheme, Path]) -> None:
     """vLLM's 4-bit kernel for CPUs knows no float32, so two scores may tie within bfloat16's rounding; nothing else may differ."""
     plain, found, apart = both(quantized["W4A16"], dtype="bfloat16")
@@ -98,7 +100,7 @@ def test_adapters(tmp_path: Path) -> None:
     assert sum(a != b for a, b in zip(others.token_ids, plain.token_ids, strict=True)) >= 6
 
 
-@pytest.mark.parametrize("head", [HEAD, EAGLE3_HEAD], ids=["eagle", "eagle3"])
+@pytest.mark.parametrize("head", some([HEAD, EAGLE3_HEAD], HEAD))
 def test_tensor_parallel(head: Path) -> None:
     """Two ranks, that must draft and accept alike."""
     plain, found, _ = both(TARGET, head, tensor_parallel_size=2)
@@ -106,6 +108,7 @@ def test_tensor_parallel(head: Path) -> None:
     assert found.tau > 2.5
 
 
+@exhaustive
 def test_tensor_parallel_ranks_agree_on_structured_output() -> None:
     """Grammars live on each rank."""
     from vllm.sampling_params import StructuredOutputsParams

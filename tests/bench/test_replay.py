@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiers import exhaustive
 from vllm_eagle.bench.recorded import replay
 from vllm_eagle.bench.recorded.replay import NUM_CLASSES, NUM_RANKS, profile
 from vllm_eagle.cli import main
@@ -46,6 +47,7 @@ def test_draws_are_even_and_as_recorded() -> None:
     assert 0 <= float(uniform.min()) < float(uniform.max()) < 1
 
 
+@exhaustive
 def test_on_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
     """vLLM's chain and our trees answer as plain decoding does, and are as often right as the recording says."""
     command = ["bench", "--replay", "tiny", "--only", "vllm_chain3", "fixed", "--concurrency", "4", "--rounds", "1"]

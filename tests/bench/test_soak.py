@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.tiers import exhaustive
 from vllm_eagle.bench.engines.server import Sample, error_lines
 from vllm_eagle.bench.soak import run
 from vllm_eagle.bench.soak.checks import FEWEST_SAMPLES, MIB, SHORTEST_TREND_S, Seen, checks, failed, memory
@@ -17,6 +18,7 @@ from vllm_eagle.bench.soak.clients import BEHAVIOURS, Answer, Choice, Script, Ta
 from vllm_eagle.bench.soak.pool import KINDS, Ask, pool, refused
 
 
+@exhaustive
 def test_a_short_soak_passes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Everything but the trend of memory, for which it is too short."""
     options = ["--minutes", "0.67", "--clients", "24", "--pool", str(4 * len(KINDS)), "--kv-blocks", "40", "--sample-seconds", "2"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from vllm.v1.metrics.stats import IterationStats
 
+from tests.tiers import exhaustive
 from vllm_eagle.bench.engines.offline import Generated
 from vllm_eagle.bench.speed import report, sides, sustained, throughput
 from vllm_eagle.bench.speed.output_gaps import output_gaps
@@ -264,6 +265,7 @@ def test_what_comes_after_the_last_question_was_answered_by_somebody_does_not_co
     assert 0 < found.busy[1] <= found.seconds
 
 
+@exhaustive
 @pytest.mark.parametrize("http", [False, True], ids=["offline", "http"])
 def test_measured(http: bool) -> None:
     """Engines in processes of their own, on a model for which times mean nothing; answers do. No budget: it goes by times."""

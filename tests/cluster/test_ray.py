@@ -15,6 +15,7 @@ from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens
 from tests.serving.server import ENVIRONMENT, free_port
+from tests.tiers import exhaustive
 from vllm_eagle.pair import TARGET
 
 ray = pytest.importorskip("ray")
@@ -22,6 +23,7 @@ from ray import serve  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+pytestmark = exhaustive
 NUM_QUESTIONS = 24
 MAX_TOKENS = 128
 PER_ENGINE = {"CPU": 1.0, "engine": 1.0}  # a node has room for one

@@ -1,13 +1,16 @@
 """Run vLLM in this process, with and without trees, and compare."""
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vllm import LLM, RequestOutput, SamplingParams
 
+from tests import starts
 from vllm_eagle.bench.engines.drafters import ours
 
 ENGINE = {
@@ -23,19 +26,33 @@ ENGINE = {
 
 @contextmanager
 def engine(model: Path, **changes: Any) -> Iterator[LLM]:
-    """An in-process engine, shut down at the end so that the next one starts clean.
-
-    Layers of an earlier engine must not be collected while this one runs: vLLM's CPU matmul handlers call torch when they are
-    freed, which breaks a compilation that is being traced just then, or the process.
-    """
-    gc.collect()
-    gc.disable()
-    try:
+    """An in-process engine, shut down at the end so that the next one starts clean."""
+    with collected_before_it_starts():
+        starts.starts("engine")
+        before = time.monotonic()
         llm = LLM(str(model), **(ENGINE | changes))
+        starts.started("engine", time.monotonic() - before)
         try:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def collected_before_it_starts() -> Iterator[None]:
+    """What is left of the engine before is collected now, and nothing until this one has ended.
+
+    Layers of an earlier engine must not be collected while one runs: vLLM's CPU matmul handlers call torch when they are freed,
+    which breaks a compilation that is being traced just then, or the process. And vLLM collects ten times while an engine starts
+    and stops, half a second each with all that its modules hold. So these are put aside for good when the first engine starts.
+    """
+    gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.disable()
+    try:
+        with patch.multiple(gc, collect=lambda *generation: 0, freeze=lambda: None, unfreeze=lambda: None):
+            yield
     finally:
         gc.enable()
 

@@ -21,6 +21,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
 from tests.engine.test_exactness import PROMPTS_FILE
+from tests.tiers import exhaustive, some
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.algorithm.verify import TreeBatch
 from vllm_eagle.engine.v1.cpu_runner import EagleTreeCPUModelRunner
@@ -190,21 +191,23 @@ def test_unseeded_sampling_gets_noise_of_its_own(prompts: list[list[int]]) -> No
         assert tree_stats(llm)["tau"] > 1.5
 
 
-MODES = {
-    "compiled": {"enforce_eager": False},
-    "multi-process": {},
-}
+@pytest.mark.parametrize("size", some(("tiny", "shipped"), "tiny"))
+def test_compiled(size: str, prompts: list[list[int]], random_models: dict[str, Path]) -> None:
+    target, head = (random_models["target"], random_models["eagle"]) if size == "tiny" else (TARGET, HEAD)
+    asked = [[i + 3, 9, 300, 40] for i in range(5)] if size == "tiny" else prompts[:5]
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True)
+    with engine(target) as llm:
+        expected = tokens(generate(llm, asked, params))
+    with engine(target, **(trees(head, 16) | {"enforce_eager": False})) as llm:
+        assert tokens(generate(llm, asked, params)) == expected
+        assert tree_stats(llm)["num_verified"] > 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_other_modes_give_the_same_tokens(mode: str, prompts: list[list[int]], tmp_path: Path) -> None:
+@exhaustive  # servers, which the default tier runs, are multi-process
+def test_multi_process(prompts: list[list[int]], tmp_path: Path) -> None:
     params = {"temperature": 1.0, "seed": 3, "max_tokens": 40}
     with engine(TARGET) as llm:
         expected = tokens(generate(llm, prompts[:5], SamplingParams(**params)))
-    if mode == "compiled":
-        with engine(TARGET, **(trees(HEAD, 16) | MODES[mode])) as llm:
-            assert tokens(generate(llm, prompts[:5], SamplingParams(**params))) == expected
-        return
     script = tmp_path / "run.py"
     script.write_text(
         "import json, sys\n"
@@ -267,12 +270,12 @@ BREAKAGES = [without_compaction, with_a_causal_mask, with_noise_used_twice, with
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_the_comparison_notices_a_broken_engine(breakage: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    params = sampling(6, temperature=1.0)
+    params = sampling(4, max_tokens=32, temperature=1.0)
     with engine(TARGET) as llm:
-        expected = tokens(generate(llm, prompts[:6], params))
+        expected = tokens(generate(llm, prompts[:4], params))
     breakage(monkeypatch)
     with engine(TARGET, **trees(HEAD, 16)) as llm:
-        assert tokens(generate(llm, prompts[:6], params)) != expected
+        assert tokens(generate(llm, prompts[:4], params)) != expected
 
 
 def test_a_changed_draft_list_is_refused(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
+from tests.tiers import some
 from vllm_eagle.algorithm import draft
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.bench.engines.offline import encode_prompts
@@ -43,7 +44,7 @@ def depths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], 
     return decide
 
 
-@pytest.mark.parametrize("head", [HEAD, EAGLE3_HEAD], ids=["eagle", "eagle3"])
+@pytest.mark.parametrize("head", some([HEAD, EAGLE3_HEAD], HEAD))
 def test_tokens_are_the_same_with_the_budget(expected: list[list[list[int]]], head: Path) -> None:
     with engine(TARGET, **ONE_STEP, **trees(head, budget=True)) as llm:
         assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
@@ -90,7 +91,7 @@ def traced(head: Path) -> list[list[Any]]:
         return [[record[name] for name in ("token_ids", "parents")] for record in llm.collective_rpc("eagle_traced")[0]]
 
 
-@pytest.mark.parametrize("head", [HEAD, EAGLE3_HEAD], ids=["eagle", "eagle3"])
+@pytest.mark.parametrize("head", some([HEAD, EAGLE3_HEAD], HEAD))
 def test_after_a_pause_the_head_drafts_as_if_it_had_never_paused(
     head: Path, depths: Callable[[Callable[[int], int]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,13 +5,15 @@ node is rejected. Both are needed.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 
 from tests.engine.engines import assert_same_logprobs, engine, generate, tokens, tree_stats, trees
+from tests.tiers import exhaustive, some
 from vllm_eagle.pair import HEAD, TARGET
 
 PROMPTS_FILE = Path(__file__).parents[2] / "vllm_eagle" / "prompts" / "gsm8k.jsonl"
@@ -74,16 +76,21 @@ def mixed_params(num: int) -> list[SamplingParams]:
 
 
 @pytest.fixture(scope="module")
-def shipped_reference(prompts: list[list[int]]) -> dict[Any, Any]:
-    """What plain vLLM says: per kind and temperature on five prompts, and mixed batches of 1, 5 and 32."""
+def mixed(prompts: list[list[int]]) -> dict[int, list[RequestOutput]]:
+    """What plain vLLM says to batches of 1, 5 and 32, in which every kind occurs."""
     with engine(TARGET) as llm:
-        reference: dict[Any, Any] = {
+        return {num: generate(llm, prompts[:num], mixed_params(num)) for num in (1, 5, 32)}
+
+
+@pytest.fixture(scope="module")
+def alone(prompts: list[list[int]]) -> dict[tuple[str, str], list[RequestOutput]]:
+    """What plain vLLM says to five prompts, by kind and temperature: batches of one kind take ways of their own in the sampler."""
+    with engine(TARGET) as llm:
+        return {
             (kind, name): generate(llm, prompts[:5], kind_params(kind, temperature))
             for kind in KINDS
             for name, temperature in TEMPERATURES.items()
         }
-        reference |= {num: generate(llm, prompts[:num], mixed_params(num)) for num in (1, 5, 32)}
-    return reference
 
 
 VARIANTS = {
@@ -96,23 +103,36 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_tokens_equal_plain_vllm(variant: str, prompts: list[list[int]], shipped_reference: dict[Any, Any]) -> None:
+def assert_same(expected: list[RequestOutput], found: list[RequestOutput], what: Any) -> None:
+    assert tokens(found) == tokens(expected), what
+    assert [o.outputs[0].finish_reason for o in found] == [o.outputs[0].finish_reason for o in expected], what
+    assert [o.outputs[0].text for o in found] == [o.outputs[0].text for o in expected], what
+    assert_same_logprobs(expected, found)
+
+
+def assert_accepted(llm: LLM, variant: str) -> None:
+    stats = tree_stats(llm)
+    assert stats["num_accepted"] > 100
+    assert variant in ("chain5", "dynamic1") or stats["num_moved"] > 50
+
+
+@pytest.mark.parametrize("variant", some(VARIANTS, "dynamic16", "dynamic16_uncoupled", "static16", "chain5"))
+def test_mixed_batches(variant: str, prompts: list[list[int]], mixed: dict[int, list[RequestOutput]]) -> None:
     with engine(TARGET, **VARIANTS[variant]) as llm:
-        full = variant in ("dynamic16", "dynamic16_uncoupled")
-        for key, expected in shipped_reference.items():
-            if isinstance(key, int):
-                found = generate(llm, prompts[:key], mixed_params(key))
-            elif full or key[1] == "T1.0":
-                found = generate(llm, prompts[:5], kind_params(key[0], TEMPERATURES[key[1]]))
-            else:
-                continue
-            assert tokens(found) == tokens(expected), key
-            assert [o.outputs[0].finish_reason for o in found] == [o.outputs[0].finish_reason for o in expected], key
-            assert [o.outputs[0].text for o in found] == [o.outputs[0].text for o in expected], key
-            assert_same_logprobs(expected, found)
-        assert tree_stats(llm)["num_accepted"] > 100
-        assert variant.startswith(("chain", "dynamic1_")) or variant == "dynamic1" or tree_stats(llm)["num_moved"] > 50
+        for number, expected in mixed.items():
+            assert_same(expected, generate(llm, prompts[:number], mixed_params(number)), number)
+        assert_accepted(llm, variant)
+
+
+@exhaustive
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batches_of_one_kind(variant: str, prompts: list[list[int]], alone: dict[tuple[str, str], list[RequestOutput]]) -> None:
+    with engine(TARGET, **VARIANTS[variant]) as llm:
+        for (kind, temperature), expected in alone.items():
+            if temperature == "T1.0" or variant in ("dynamic16", "dynamic16_uncoupled"):
+                found = generate(llm, prompts[:5], kind_params(kind, TEMPERATURES[temperature]))
+                assert_same(expected, found, (kind, temperature))
+        assert_accepted(llm, variant)
 
 
 def test_thinking_ends_where_it_ends_without_trees(prompts: list[list[int]]) -> None:
@@ -137,8 +157,7 @@ def test_thinking_ends_where_it_ends_without_trees(prompts: list[list[int]]) -> 
     assert tokens(outputs[1]) == tokens(outputs[0])
 
 
-@pytest.mark.parametrize("head", ["eagle", "eagle3"])
-@pytest.mark.parametrize("num_draft_tokens", [1, 7, 60])
+@pytest.mark.parametrize(("head", "num_draft_tokens"), some(product(("eagle", "eagle3"), (1, 7, 60)), ("eagle", 60), ("eagle3", 7)))
 def test_tokens_equal_plain_vllm_with_an_ignorant_head(head: str, num_draft_tokens: int, random_models: dict[str, Path]) -> None:
     prompts = [[0], [5, 9, 300, 40], list(range(2, 90)), [77] * 33, [400, 3]]
     params = [SamplingParams(temperature=t, seed=i, max_tokens=40, ignore_eos=True) for i, t in enumerate([0, 1, 0.7, 1, 0])]

@@ -8,6 +8,7 @@ import transformers
 from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
+from tests.tiers import some
 from vllm_eagle.train.data.examples import Example
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import save_head
@@ -27,7 +28,10 @@ def random_target(folder: Path, family: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("family", "method"), [("Qwen2", "eagle"), ("Qwen3", "eagle3"), ("Mistral", "eagle3")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    some([("Qwen2", "eagle"), ("Qwen3", "eagle3"), ("Mistral", "eagle3")], ("Qwen2", "eagle"), ("Qwen3", "eagle3")),
+)
 def test_served_with_trees(tmp_path: Path, family: str, method: Method) -> None:
     path = random_target(tmp_path / "target", family)
     target = FrozenTarget(path, torch.float32)

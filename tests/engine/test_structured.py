@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
+from tests.tiers import exhaustive
 from vllm_eagle.algorithm.draft import Level
 from vllm_eagle.engine.v1.grammar import DraftConstraints, apply_masks
 from vllm_eagle.pair import HEAD, TARGET
@@ -58,6 +59,7 @@ def test_constrained_answers_equal_those_without_speculation(backend: str) -> No
         assert stats["num_moved"] > 0  # branches were accepted, not only chains
 
 
+@exhaustive
 @pytest.mark.parametrize("options", [{"mode": "static"}, {"mode": "chain"}, {"coupled": False, "topk": 3}])
 def test_other_trees_under_grammars(options: dict[str, Any]) -> None:
     with engine(TARGET) as llm:

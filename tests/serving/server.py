@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from tests import starts
 from vllm_eagle.pair import HEAD, TARGET
 
 VLLM = Path(sys.executable).with_name("vllm")
@@ -51,6 +52,7 @@ class Server:
     log: Path
     process: "subprocess.Popen[bytes]"
     http: httpx.Client
+    since: float  # time.monotonic() of its start
 
     def wait_until_healthy(self, deadline: float) -> None:
         """Wait for /health until `deadline` (of time.monotonic).
@@ -61,6 +63,7 @@ class Server:
         while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(httpx.TransportError):
                 if self.http.get("/health", timeout=2).status_code == 200:
+                    starts.started("server", time.monotonic() - self.since)
                     return
             time.sleep(0.2)
         state = "took too long to start" if self.process.poll() is None else f"ended with status {self.process.returncode}"
@@ -149,7 +152,8 @@ def at_once(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 @contextmanager
 def started(log: Path, *options: str, model: Path = TARGET, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Start a server without waiting for it; at the end it and everything it started is gone."""
-    port = free_port()
+    starts.starts("server")
+    port, since = free_port(), time.monotonic()
     # Engines in this process are the tests' habit (conftest.py); a server has its own.
     inherited = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("wb") as output:
@@ -166,7 +170,7 @@ def started(log: Path, *options: str, model: Path = TARGET, environment: Mapping
     limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     try:
         with httpx.Client(base_url=url, timeout=120, limits=limits) as http:
-            yield Server(url, log, process, http)
+            yield Server(url, log, process, http, since)
     finally:
         end(process)
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.serving.server import ENVIRONMENT, Pair, assert_alike, at_once, end, free_port
 from tests.serving.serving_requests import CHAT, chats
+from tests.tiers import exhaustive
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # `python` and `vllm` of this environment come first.
@@ -28,6 +29,7 @@ def python(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@exhaustive
 def test_serve_with_two_api_servers(pair: Pair, tmp_path: Path) -> None:
     """The script, kept up, with an option passed on to vLLM: two API server processes in front of the engine."""
     port, printed = free_port(), tmp_path / "printed"

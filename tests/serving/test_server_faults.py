@@ -16,8 +16,10 @@ from vllm import SamplingParams
 from tests.engine.engines import engine, generate
 from tests.serving.server import MAX_MODEL_LEN, MODEL, TREES, Server, at_once, servers, started
 from tests.serving.serving_requests import COMPLETIONS
+from tests.tiers import exhaustive
 from vllm_eagle.pair import HEAD, TARGET
 
+pytestmark = exhaustive  # in the default tier test_faults.py breaks engines, in this process
 START_S, END_S = 240, 120  # on a busy machine; idle, a start takes 15 s and an end 2 s
 LONG = MAX_MODEL_LEN - 40
 

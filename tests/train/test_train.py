@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.models import VOCAB, random_target
+from tests.tiers import exhaustive
 from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.cli import main
 from vllm_eagle.evaluate.accuracy import measure_accuracy
@@ -346,6 +347,7 @@ def test_training_goes_on_from_another_head(target_path: Path, data: Path, tmp_p
         train(settings(target_path, data, tmp_path / "third", "eagle3", init=tmp_path / "first", draft_vocab=32000), progress=False)
 
 
+@exhaustive
 def test_a_minute_of_training_raises_alpha(tmp_path: Path) -> None:
     """From scratch, on 400 answers of the shipped target: 50 steps, 45,000 tokens. An untrained head agrees by chance.
 
