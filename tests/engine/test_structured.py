@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.core.sched.output import GrammarOutput
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
 from tests.tiers import exhaustive
 from vllm_eagle.algorithm.draft import Level
-from vllm_eagle.engine.v1.grammar import DraftConstraints, apply_masks
+from vllm_eagle.engine import seams
+from vllm_eagle.engine.v1.grammar import DraftConstraints, TreeGrammars, apply_masks
 from vllm_eagle.pair import HEAD, TARGET
 
 PERSON = {
@@ -80,6 +83,10 @@ def test_constrained_requests_survive_preemption() -> None:
         assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
 
 
+ONE_BACKEND = seams.known_version() != "0.32"  # from 0.33 on vLLM refuses requests for another backend than the first one's
+
+
+@pytest.mark.skipif(ONE_BACKEND, reason="vLLM refuses the second backend")
 def test_worker_and_scheduler_use_one_backend() -> None:
     """The scheduler's is that of the first request received, though the worker never sees that one."""
     first = StructuredOutputsParams(json={"type": "integer", "multipleOf": 5})  # which xgrammar cannot do
@@ -96,6 +103,27 @@ def test_worker_and_scheduler_use_one_backend() -> None:
                 backends.append(type(own).__name__)
     assert answers[0] == answers[1]
     assert backends == ["GuidanceBackend"] * 3
+
+
+@pytest.mark.skipif(not ONE_BACKEND, reason="vLLM 0.32 gives the second request the first one's backend")
+def test_a_second_backend_is_refused_as_without_trees_and_harms_no_other_request() -> None:
+    first = StructuredOutputsParams(json={"type": "integer", "multipleOf": 5})  # which xgrammar cannot do
+    params = SamplingParams(temperature=0, max_tokens=8, structured_outputs=first)
+    answers = []
+    for changes in ({}, trees(HEAD)):
+        with engine(TARGET, **changes) as llm:
+            llm.llm_engine.abort_request([llm.llm_engine.add_request("first", {"prompt_token_ids": [5, 6]}, params)], internal=True)
+            prompts, mixed = requests(llm, ["json"])
+            with pytest.raises(VLLMValidationError, match=r"already using 'guidance', but this request resolved to 'xgrammar'"):
+                llm.llm_engine.add_request("second", {"prompt_token_ids": prompts[0]}, mixed[0].clone())
+            llm.llm_engine.abort_request(["second"])  # in this process vLLM would wait for its answer
+            asked = [params, mixed[1], params.clone(), mixed[1]]
+            asked[2].temperature, asked[2].seed = 1.0, 3
+            answers.append(tokens(generate(llm, prompts, asked)))
+            if changes:
+                own = llm.collective_rpc(lambda worker: worker.model_runner._grammars._manager.backend)[0]
+                assert type(own).__name__ == "GuidanceBackend"
+    assert answers[0] == answers[1]
 
 
 class _LettersInOrder:
@@ -139,6 +167,27 @@ def test_drafting_masks_every_node_by_its_own_path() -> None:
     allowed = constraints.level(level, torch.zeros(2, 2, 8)).isfinite()
     assert allowed[1].nonzero().tolist() == [[1, token] for token in range(4, 8)]
     assert grammar.seen == []
+
+
+@pytest.mark.parametrize("follow_trees", [True, False])
+@pytest.mark.parametrize("rows_per_request", [None, 5], ids=["vllm-0.32", "vllm-0.33"])
+def test_each_request_gets_its_own_rows_of_the_schedulers_bitmask(rows_per_request: int | None, follow_trees: bool) -> None:
+    """As many rows as nodes that the scheduler masks (0.32), or a block of fixed width, of which the rest is anything (0.33)."""
+    req_ids, num_nodes = ["a", "b", "c", "d"], [2, 5, 1, 4]
+    constrained = ["d", "a", "c"]
+    rows: list[list[int]] = []
+    for req_id in constrained:
+        count = 1 if follow_trees else num_nodes[req_ids.index(req_id)]
+        rows += [[ord(req_id), node] for node in range(count)] + [[0, 0]] * ((rows_per_request or count) - count)
+    grammars = TreeGrammars.__new__(TreeGrammars)
+    grammars._follow_trees = follow_trees
+    masks = grammars.masks(req_ids, num_nodes, GrammarOutput(constrained, np.array(rows, dtype=np.int32)))
+    assert masks.keys() == {0, 2, 3}
+    for place, mask_after in masks.items():
+        for node in range(1 if follow_trees else num_nodes[place]):
+            found = mask_after(node)
+            assert found is not None
+            assert found.tolist() == [ord(req_ids[place]), node]
 
 
 def test_masks_touch_their_rows_alone() -> None:

@@ -93,11 +93,14 @@ class TreeGrammars:
             return {}
         places = {req_id: place for place, req_id in enumerate(req_ids)}
         masks: dict[int, MaskAfter] = {}
+        constrained, rows = from_scheduler.structured_output_request_ids, from_scheduler.grammar_bitmask
+        counts = [1 if self._follow_trees else num_nodes[places[req_id]] for req_id in constrained]
+        # As many rows as there are nodes (vLLM 0.32), or for each request as many as a tree can have (0.33).
+        widths = counts if len(rows) == sum(counts) else [len(rows) // len(constrained)] * len(constrained)
         start = 0
-        for req_id in from_scheduler.structured_output_request_ids:
-            end = start + (1 if self._follow_trees else num_nodes[places[req_id]])
-            masks[places[req_id]] = partial(self._mask_after, req_id, from_scheduler.grammar_bitmask[start:end])
-            start = end
+        for req_id, count, width in zip(constrained, counts, widths, strict=True):
+            masks[places[req_id]] = partial(self._mask_after, req_id, rows[start : start + count])
+            start += width
         return masks
 
     def constraints(self, req_ids: Sequence[str]) -> "DraftConstraints":
