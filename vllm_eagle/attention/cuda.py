@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import uses_fa4_hd256_kernel
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
@@ -37,6 +37,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadata,
     TritonAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_eagle.algorithm.verify import TreeBatch
 from vllm_eagle.attention.tree_impl import Divided, TreeImpl, TreePass, tree_rows

@@ -6,13 +6,14 @@ What it can and cannot do beside the others: cuda.py.
 from dataclasses import dataclass
 
 import torch
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_eagle.attention.cuda import DividedOnGPU, TreeBuilder, TreeGPUImpl
 from vllm_eagle.attention.tree_impl import TreePass
@@ -90,6 +91,8 @@ class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
 
 class TreeFlashAttentionBackend(FlashAttentionBackend):
     """Registered in place of FLASH_ATTN, whose name it keeps."""
+
+    supports_kv_cache_update_bypass = False  # (from vLLM 0.33 on) tree rows take their keys as they come, not from the cache
 
     @staticmethod
     def get_impl_cls() -> type[TreeFlashAttentionImpl]:
