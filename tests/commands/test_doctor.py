@@ -4,6 +4,7 @@ import pytest
 
 from vllm_eagle import native
 from vllm_eagle.commands import doctor
+from vllm_eagle.engine import seams
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,18 @@ def test_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.setattr(native, "problem", lambda: "no C++ compiler")
     assert [status for status, _, _ in doctor._cpu_findings()] == ["note"] * 3
+
+
+def test_the_version_of_vllm_comes_with_what_was_run_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, tuple[str, str]]:
+        return {what: (status, detail) for status, what, detail in doctor._findings()}
+
+    status, detail = found()["vllm version"]
+    assert status == "ok"
+    assert any(detail.endswith(f"{version}: {run}") for version, run in seams.TESTED_VERSIONS.items())
+    assert found()["vllm seams"] == ("ok", "signatures and bodies as tested")
+    monkeypatch.setattr(seams, "changed_bodies", lambda: ["X.y has another body"])
+    assert found()["vllm seams"] == ("note", "X.y has another body")
+    monkeypatch.setattr(seams, "known_version", lambda: None)
+    monkeypatch.setattr(seams, "version_problem", lambda: "not tested")
+    assert found()["vllm version"] == ("FAIL", "not tested")

@@ -14,6 +14,9 @@ from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.engine import seams, support
 from vllm_eagle.options.engine_args import engine_args, head_method
 
+# From 0.33 on vLLM refuses it, before we can.
+SMALL_STEP = "max_num_batched_tokens is 16" if seams.known_version() == "0.32" else "max_num_batched_tokens=16 and num_lookahead"
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -108,7 +111,7 @@ def test_an_eagle3_head_that_names_impossible_layers_is_refused(random_models: d
         ({"worker_cls": "some.Worker"}, "worker_cls=some.Worker contradicts draft trees"),
         ({"spec_tokens": 200}, "set num_draft_tokens to an integer from 1 to 127"),
         ({"max_model_len": 16}, "does not fit max_model_len=16"),
-        ({"max_num_batched_tokens": 16, "max_num_seqs": 8, "max_model_len": 64, "spec_tokens": 32}, "max_num_batched_tokens is 16"),
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 8, "max_model_len": 64, "spec_tokens": 32}, SMALL_STEP),
         ({"kv_cache_dtype": "fp8"}, "set kv_cache_dtype to auto"),
     ],
 )
@@ -190,14 +193,15 @@ def test_other_kinds_of_models_are_refused_by_their_config(
     assert any(words in reason for reason in support.unsupported_reasons(config))
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.320.0", "0.330", "dev"])
 def test_untested_versions_of_vllm_are_refused(version: str) -> None:
     problem = seams.version_problem(version)
     assert problem is not None
-    assert "install vLLM 0.32" in problem
+    assert "install vLLM 0.32 or 0.33, or set" in problem
     assert seams.ALLOW_UNTESTED in problem
     assert seams.version_problem("0.32.1") is None
     assert seams.version_problem("0.32") is None
+    assert seams.version_problem("0.33.0+cpu") is None
 
 
 def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,3 +213,44 @@ def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seams.changed_seams() == [
         "CPUModelRunner._sample now takes (logits, spec_decode_metadata, novelty); edit engine/v1/runner.py"
     ]
+
+
+def test_an_untested_version_is_refused_with_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signatures, and bodies against the newest tested version."""
+    assert json.loads(seams.BODIES.read_text()).keys() == seams.TESTED_VERSIONS.keys()
+    assert seams.changed_bodies() == []
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any, novelty: Any) -> None: ...
+
+    def _sync_device(self: Any) -> None:
+        """What it does differs, what it takes does not."""
+
+    monkeypatch.setattr(seams.CPUModelRunner, "_sample", _sample)
+    monkeypatch.setattr(seams.CPUModelRunner, "_sync_device", _sync_device)
+    monkeypatch.setattr(seams, "version_problem", lambda: "vllm_eagle was not tested with vLLM 0.34.0")
+    monkeypatch.delenv(seams.ALLOW_UNTESTED, raising=False)
+    with pytest.raises(ValueError, match=r"0\.34\.0") as refusal:
+        seams.check_seams.__wrapped__()
+    lines = str(refusal.value).split("\n  ")[1:]
+    assert any(line.startswith("CPUModelRunner._sample now takes (logits, spec_decode_metadata, novelty)") for line in lines)
+    assert any(line.startswith("CPUModelRunner._sync_device has another body") for line in lines)
+    assert {line.split()[0] for line in lines} == {"CPUModelRunner._sample", "CPUModelRunner._sync_device"}
+
+
+def test_comments_and_docstrings_change_no_body() -> None:
+    class Plain:
+        def method(self, x: int) -> int:
+            return x + 1
+
+    class Documented:
+        def method(self, x: int) -> int:
+            """Says so."""
+            # And why.
+            return x + 1
+
+    class Other:
+        def method(self, x: int) -> int:
+            return x + 2
+
+    plain, documented, other = (seams._body(owner, "method") for owner in (Plain, Documented, Other))
+    assert plain == documented != other

@@ -33,10 +33,18 @@ def _findings() -> Iterator[Finding]:
     except ImportError as error:
         yield "FAIL", "import vllm", f"{error}; run: python -m vllm_eagle.bootstrap"
         return
-    problem = seams.version_problem()
-    yield ("FAIL", "vllm version", problem) if problem else ("ok", "vllm version", vllm.__version__)
-    changed = seams.changed_seams()
-    yield ("FAIL", "vllm seams", "; ".join(changed)) if changed else ("ok", "vllm seams", "signatures as expected")
+    known = seams.known_version()
+    if known is None:
+        yield "FAIL", "vllm version", seams.version_problem() or ""
+    else:
+        yield "ok", "vllm version", f"{vllm.__version__}; run with {known}: {seams.TESTED_VERSIONS[known]}"
+    changed, bodies = seams.changed_seams(), seams.changed_bodies()
+    if changed:
+        yield "FAIL", "vllm seams", "; ".join(changed)
+    if bodies:
+        yield "note", "vllm seams", "; ".join(bodies)
+    if not changed and not bodies:
+        yield "ok", "vllm seams", "signatures and bodies as tested"
     entry_points = [e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")]
     if "eagle_trees" in entry_points:
         yield "ok", "plugin", "vLLM will load it"

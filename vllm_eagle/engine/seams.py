@@ -1,12 +1,19 @@
-"""What we rely on in vLLM: versions that were tested, and the signature of every symbol that we override.
+"""What we rely on in vLLM: versions that were tested, and the signature and body of every symbol that we override or call.
 
-A vLLM bump is a checklist: `check_seams` names what changed and the file to edit.
+A vLLM bump is a checklist: `check_seams` names what changed and the file to edit. `python -m tests.seams` compares two installed
+vLLMs, and records the bodies of a version once it is tested (seams.json).
 """
 
+import ast
+import hashlib
 import inspect
+import json
 import os
+import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -22,8 +29,13 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-TESTED_VERSIONS = ("0.32",)
+# With what was run there; the oldest first
+TESTED_VERSIONS = {
+    "0.32": "every test",
+    "0.33": "engine and serving tests, on CPU: 0.33's Python over the compiled modules of 0.32, as there is no CPU wheel of it yet",
+}
 ALLOW_UNTESTED = "VLLM_EAGLE_ALLOW_UNTESTED"
+BODIES = Path(__file__).with_name("seams.json")  # tested version -> symbol -> hash of its body, as Python 3.11 writes it
 
 # Of the runners of all devices: method, parameters after self, the file here that relies on it
 _RUNNER = (
@@ -56,6 +68,12 @@ _SEAMS = (
     (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/v1/scheduler.py"),
     (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/v1/scheduler.py"),
     (StructuredOutputManager, "grammar_init", "request", "engine/v1/grammar.py"),
+    (
+        StructuredOutputManager,
+        "grammar_bitmask",
+        "requests structured_output_request_ids scheduled_spec_decode_tokens",
+        "engine/v1/grammar.py",
+    ),
     (
         EagleProposer,
         "prepare_inputs",
@@ -96,6 +114,7 @@ _SEAMS = (
     (Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/v1/gpu_worker.py"),
     (Worker, "init_device", "", "engine/v1/gpu_worker.py"),
     (Worker, "_make_model_runner", "", "engine/v1/gpu_worker.py"),
+    (Worker, "compile_or_warm_up_model", "", "engine/v1/gpu_worker.py"),
     (Worker, "_maybe_activate_jit_monitor", "", "engine/v1/gpu_worker.py"),
     (Worker, "shutdown", "", "engine/worker.py"),
     (GPUModelRunner, "__init__", "vllm_config device", "engine/v1/gpu_worker.py"),
@@ -173,18 +192,61 @@ def changed_seams() -> list[str]:
 
 def _changed(seams: Iterable[tuple[Any, str, str, str]]) -> Iterator[str]:
     for owner, name, expected, file in seams:
-        method = getattr(owner, name, None)
-        if method is None:
+        found = _parameters(owner, name)
+        if found is None:
             yield f"{owner.__name__}.{name} is gone; edit {file}"
-            continue
-        found = list(inspect.signature(inspect.unwrap(method)).parameters)[1:]
-        if found != expected.split():
+        elif found != expected.split():
             yield f"{owner.__name__}.{name} now takes ({', '.join(found)}); edit {file}"
+
+
+def changed_bodies(version: str = vllm.__version__) -> list[str]:
+    """One line per upstream symbol that does something else than when this version, or the newest one before, was tested.
+
+    Empty where the hashes cannot be compared: they were made with Python 3.11.
+    """
+    if sys.version_info[:2] != (3, 11):
+        return []
+    known = known_version(version) or list(TESTED_VERSIONS)[-1]
+    recorded = json.loads(BODIES.read_text())[known]
+    return [
+        f"{symbol} has another body than in {known}; read it, and {file}"
+        for symbol, (_, body, file) in fingerprints(_seams()).items()
+        if body and body != recorded.get(symbol)
+    ]
+
+
+def fingerprints(seams: Iterable[tuple[Any, str, str, str]]) -> dict[str, tuple[str, str, str]]:
+    """Of each upstream symbol: its parameters, a hash of its body, and our file that relies on it."""
+    return {
+        f"{owner.__name__}.{name}": (" ".join(_parameters(owner, name) or ["gone"]), _body(owner, name), file)
+        for owner, name, _, file in seams
+    }
+
+
+def _parameters(owner: Any, name: str) -> list[str] | None:
+    method = getattr(owner, name, None)
+    return None if method is None else list(inspect.signature(inspect.unwrap(method)).parameters)[1:]
+
+
+def _body(owner: Any, name: str) -> str:
+    """Twelve hex digits, the same whatever comments, docstring and layout are; none if there is no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(owner, name))))
+    except (AttributeError, OSError, TypeError):
+        return ""
+    (function,) = ast.parse(source).body
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return hashlib.sha256("\n".join(map(ast.unparse, [*function.decorator_list, *body])).encode()).hexdigest()[:12]
+
+
+def known_version(version: str = vllm.__version__) -> str | None:
+    """The tested version that this one is a release of, or None."""
+    return next((tested for tested in TESTED_VERSIONS if version == tested or version.startswith(f"{tested}.")), None)
 
 
 def version_problem(version: str = vllm.__version__) -> str | None:
     """Why this vLLM version is refused, or None."""
-    if any(version == tested or version.startswith(f"{tested}.") for tested in TESTED_VERSIONS):
+    if known_version(version):
         return None
     return (
         f"vllm_eagle was not tested with vLLM {version}; install vLLM {' or '.join(TESTED_VERSIONS)}, "
@@ -199,9 +261,9 @@ def check_seams() -> None:
     Raises:
         ValueError: untested version, or changed signatures.
     """
+    changed = changed_seams()
     problem = version_problem()
     if problem and os.environ.get(ALLOW_UNTESTED) != "1":
-        raise ValueError(problem)
-    changed = changed_seams()
+        raise ValueError("\n  ".join([problem, *changed, *changed_bodies()]))
     if changed:
         raise ValueError(f"vLLM {vllm.__version__} differs from the one vllm_eagle overrides:\n  " + "\n  ".join(changed))
