@@ -189,7 +189,7 @@ def test_cudas_worker_compiles_before_vllm_watches_for_compilations(monkeypatch:
     worker._maybe_activate_jit_monitor()
     assert order == ["compile", "measure", "monitor"]
     assert EagleTreeGPUWorker.compile_or_warm_up_model is Worker.compile_or_warm_up_model
-    source = inspect.getsource(Worker.compile_or_warm_up_model)
+    source = inspect.getsource(getattr(Worker, "_compile_or_warm_up_model", Worker.compile_or_warm_up_model))  # 0.33 or 0.32
     assert source.index("capture_model()") < source.index("self._maybe_activate_jit_monitor()")
 
 
