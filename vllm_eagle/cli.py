@@ -6,6 +6,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+# Read when torch is imported, as it is below: else vLLM's C++ warns in each run that it binds memory to where its threads run.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from vllm_eagle.bench.gpu import check
 from vllm_eagle.bench.recorded import simulate
 from vllm_eagle.commands import arguments

@@ -1,6 +1,8 @@
 """`vllm-eagle demo`: text, tokens per target pass, a drawn tree, wall time, and whether the tokens are plain vLLM's."""
 
+import logging
 import statistics
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +21,12 @@ def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_promp
     if max_tokens < 3 or num_prompts < 1:  # the first token comes with the prompt, the last one needs no draft
         raise ValueError("--max-tokens must be at least 3 and --prompts at least 1")
     prepare_environment()
+    _quiet()
+    print(
+        "A small model answers questions of GSM8K style, first as plain vLLM decodes, token by token, then with draft trees:\n"
+        "how many tokens each of its passes emits, one of the trees, and whether the answers are the same, token for token.\n"
+        "Two engines are started for that; that takes about a minute.\n"
+    )
     import numpy as np
     from vllm import SamplingParams
 
@@ -63,6 +71,13 @@ def run(model: str, head: str, num_draft_tokens: int, max_tokens: int, num_promp
         f"\nidentical: {'yes' if identical else 'NO'}  (wall time: median of {NUM_ROUNDS} runs; a model this small measures Python)"
     )
     return 0 if identical else 1
+
+
+def _quiet() -> None:
+    """Leave out what is no error: torch warns of what vLLM does with it, and vLLM logs before it reads VLLM_LOGGING_LEVEL."""
+    for library in ("vllm", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def _timed(work: Callable[[], Generated]) -> tuple[Generated, float]:

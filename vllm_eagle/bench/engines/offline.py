@@ -57,6 +57,7 @@ def prepare_environment(threads: int | None = None) -> None:
         ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
         ("VLLM_LOGGING_LEVEL", "ERROR"),
         ("VLLM_NO_USAGE_STATS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
@@ -103,7 +104,7 @@ def engine(model: str, **settings: Any) -> Iterator["LLM"]:
     """An offline engine that gives its memory back at the end."""
     from vllm import LLM
 
-    llm = LLM(model, disable_log_stats=False, **settings)
+    llm = LLM(model, **{"disable_log_stats": False, "use_tqdm_on_load": False} | settings)
     try:
         yield llm
     finally:
