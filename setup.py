@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=["Operating System :: POSIX :: Linux", *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13))],
     packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
