@@ -76,9 +76,9 @@ def _install(folder: Path, device: str, dev: bool) -> int:
             ("this package: a few seconds", [*pip, *no_deps, "--no-build-isolation", "-e", str(ROOT)]),
         ]
     if dev:
-        steps += [("what tests need: 1 GB, 1 to 2 minutes", [*pip, *no_deps, "-r", str(LOCKS / "dev.lock")])]
+        steps += [("what tests need: 0.7 GB, a minute", [*pip, *no_deps, "-r", str(LOCKS / "dev.lock")])]
         if device != "cuda":
-            steps += [("other projects' formats, for tests: 1 GB", [*pip, *no_deps, "-r", str(LOCKS / "interop.lock")])]
+            steps += [("other projects' formats, for tests: 0.7 GB", [*pip, *no_deps, "-r", str(LOCKS / "interop.lock")])]
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "bootstrap.log"
     log.write_text("")
