@@ -70,7 +70,7 @@ def test_doctor_finds_nothing_wrong_here() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout
     assert "FAIL" not in done.stdout
-    assert "signatures as expected" in done.stdout
+    assert "signatures and bodies as tested" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def test_built_in_questions(pair: Pair) -> None:
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
 def test_clients_that_leave(pair: Pair, streamed: bool) -> None:
     """They leave no request and no cache block, and those that stay get what is theirs."""
-    body = {"model": MODEL, "temperature": 1, "seed": 1, "max_tokens": 450, "ignore_eos": True, "stream": streamed}
+    # Eight long answers each, many times what the cache holds: nobody is served before all have left.
+    body = {"model": MODEL, "temperature": 1, "seed": 1, "n": 8, "max_tokens": 450, "ignore_eos": True, "stream": streamed}
     stay = {"prompt": "Once upon a time", "seed": 2, "max_tokens": 60, "return_token_ids": True}
     with ExitStack() as stack:
         for i in range(6):
