@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["vllm_eagle", "vllm_eagle.*"]), "vllm_eagle.patches"],
     package_dir={"vllm_eagle.patches": "patches"},
     package_data={
-        "vllm_eagle": ["cpu.lock", "dev.lock", "interop.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*"],
+        "vllm_eagle": ["locks/*.lock", "pair/*/*", "pair/*.md", "prompts/*.jsonl*"],
         "vllm_eagle.engine": ["seams.json"],
         "vllm_eagle.bench": ["*.md", "results/*.json"],
         "vllm_eagle.native": ["*.cpp", "*.h"],

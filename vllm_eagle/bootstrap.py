@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ROOT / "vllm_eagle"
+LOCKS = ROOT / "vllm_eagle" / "locks"
 VLLM_VERSION = "0.32.0"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 

@@ -313,7 +313,7 @@ def test_growth_of_fixed_width_reads_nothing_that_was_drafted(mode: str) -> None
                 _grown(requests, logits, head, config, None, replace(limits, fixed_width=False))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 @pytest.mark.parametrize("seed", range(20))
 def test_trees_read_off_a_device_are_those_of_the_host(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_eagle.ops import rerank

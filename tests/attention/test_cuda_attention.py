@@ -273,7 +273,7 @@ def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: py
 
 
 @interpreted
-@pytest.mark.skipif(find_spec("xformers") is None, reason="needs xformers: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.skipif(find_spec("xformers") is None, reason="needs xformers: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 def test_xformers_is_warmed_up_with_a_context_as_long_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.attention.xformers_by_torch import replace_kernels
     from vllm_eagle.attention.xformers import TreeXFormersBackend

@@ -10,7 +10,7 @@ from vllm_eagle.ops.cases import Attention, attention_inputs
 from vllm_eagle.ops.rows import TreeRows
 
 pytestmark = pytest.mark.skipif(
-    find_spec("xformers") is None, reason="needs xformers: pip install --no-deps -r vllm_eagle/interop.lock"
+    find_spec("xformers") is None, reason="needs xformers: pip install --no-deps -r vllm_eagle/locks/interop.lock"
 )
 
 

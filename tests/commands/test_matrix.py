@@ -103,7 +103,7 @@ def test_no_rule_is_forgotten_here() -> None:
     assert BREAKS.keys() == {rule.feature for rule in support.RULES}
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 @pytest.mark.parametrize(
     ("changes", "capability", "chosen"),
     [

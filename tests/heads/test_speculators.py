@@ -1,7 +1,7 @@
 """The speculators library loads what is written here, and what it writes is read here.
 
 speculators 0.9 is no dependency: with it come pandas and pyarrow, about 260 MB. The test runs wherever it is installed:
-`pip install --no-deps -r vllm_eagle/interop.lock`, beside what `bootstrap --dev` installs.
+`pip install --no-deps -r vllm_eagle/locks/interop.lock`, beside what `bootstrap --dev` installs.
 """
 
 import json
@@ -21,7 +21,7 @@ from vllm_eagle.heads.formats import read_head
 from vllm_eagle.heads.inspect import inspect
 
 pytestmark = pytest.mark.skipif(
-    find_spec("speculators") is None, reason="needs speculators: pip install --no-deps -r vllm_eagle/interop.lock"
+    find_spec("speculators") is None, reason="needs speculators: pip install --no-deps -r vllm_eagle/locks/interop.lock"
 )
 
 

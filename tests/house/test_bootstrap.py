@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from vllm_eagle import bootstrap
 
 ROOT = Path(__file__).parents[2]
-LOCKS = {name: (ROOT / "vllm_eagle" / f"{name}.lock").read_text() for name in ("cpu", "dev", "interop")}
+LOCKS = {name: (ROOT / "vllm_eagle" / "locks" / f"{name}.lock").read_text() for name in ("cpu", "dev", "interop")}
 PINS = {
     name: {canonicalize_name(pin): version for pin, version in re.findall(r"^([\w.-]+)==(.+)$", text, re.M)}
     for name, text in LOCKS.items()

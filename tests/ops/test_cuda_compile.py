@@ -19,7 +19,7 @@ def has_ptxas() -> bool:
 
 
 pytestmark = pytest.mark.skipif(
-    not has_ptxas(), reason="needs triton with NVIDIA's ptxas: pip install --no-deps -r vllm_eagle/interop.lock"
+    not has_ptxas(), reason="needs triton with NVIDIA's ptxas: pip install --no-deps -r vllm_eagle/locks/interop.lock"
 )
 # Most bytes of shared memory that a program may have, by compute capability: CUDA's programming guide.
 SHARED_MEMORY = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10, "120": 99 << 10}

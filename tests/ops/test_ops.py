@@ -19,7 +19,7 @@ if find_spec("triton") is not None:
     from vllm_eagle.bench.gpu import timings
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 def test_kernels_equal_their_references(tmp_path: Path) -> None:
     """In a process of its own: the interpreter is chosen when triton is imported."""
     out = tmp_path / "result.json"

@@ -199,7 +199,7 @@ def test_doctor_says_what_to_run_first_on_a_gpu(on: Callable[[str], None]) -> No
     assert "first run: vllm-eagle gpu-check" in detail
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 def test_what_cudas_attention_overrides_is_as_expected() -> None:
     assert list(seams._changed(seams._cuda_seams())) == []
 
@@ -243,7 +243,7 @@ def test_profiling_holds_the_logits_of_all_nodes(monkeypatch: pytest.MonkeyPatch
     assert rows == [64, 17]  # the sampler is given the nodes of one tree at once, or a row of each request
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/interop.lock")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 def test_compaction_on_a_gpu_moves_what_the_cpus_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launch itself is compared with the reference that stands in for it here: test_ops.py."""
     from vllm_eagle.ops import move_slots
