@@ -53,6 +53,10 @@ class MedusaHead(Head):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("a Medusa head is not run token by token")
 
+    @property
+    def lm_head_weights(self) -> list[torch.Tensor]:
+        return [linear.weight for linear in self.lm_heads]  # type: ignore[misc]
+
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
         return self.lm_heads[step](ready)
 

@@ -57,6 +57,11 @@ class Head(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> input of the next step and what the LM head takes, both [batch, rows, hidden]."""
 
+    @property
+    @abstractmethod
+    def lm_head_weights(self) -> list[torch.Tensor]:
+        """[draft_vocab, hidden], of all steps or, in Medusa, one of each: `logits` is the product with it."""
+
     @abstractmethod
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
         """[..., hidden] -> [..., draft_vocab]; `step` matters to Medusa only, which has an LM head per step."""
@@ -95,6 +100,10 @@ class EagleHead(Head):
         mixed = self.fc(torch.cat([embeddings, hidden.to(embeddings.dtype)], dim=-1))
         predicted = self.layers[0](mixed, self.rotary(mixed, positions), memory)
         return predicted, predicted
+
+    @property
+    def lm_head_weights(self) -> list[torch.Tensor]:
+        return [self._lm_head[0].weight]
 
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
         return self._lm_head[0](ready.to(self._lm_head[0].weight.dtype))
@@ -163,6 +172,10 @@ class Eagle3Head(Head):
         hidden = self.midlayer(self.embed(token_ids), hidden, self.rotary(hidden, positions), memory)
         ready = self.norm(hidden)
         return ready if self._norm_output else hidden, ready
+
+    @property
+    def lm_head_weights(self) -> list[torch.Tensor]:
+        return [self.lm_head.weight]
 
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
         return self.lm_head(ready)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_eagle.train.features.target import Features
+from vllm_eagle.train.head.cross_entropy import cross_entropy, likeliest
 from vllm_eagle.train.head.models import Head
 from vllm_eagle.train.head.unroll import unroll
 
@@ -53,6 +54,8 @@ class Objective(nn.Module):
 
     def __init__(self, head: Head, lm_head: nn.Module, weights: LossWeights):
         super().__init__()
+        if getattr(lm_head, "bias", None) is not None:
+            raise ValueError("the target's LM head has a bias, which the loss does not know; targets like Llama and Qwen have none")
         self.head = head
         self.weights = weights
         self._lm_head: tuple[Any] = (lm_head,)  # the target's; unregistered, see Head
@@ -73,42 +76,31 @@ class Objective(nn.Module):
         emitted[:, 0] = False
         rows, places = emitted.nonzero(as_tuple=True)
         truth = features.last[rows, places]
-        with torch.no_grad():
-            target_logits = self._lm_head[0](truth).float()
-            best = target_logits.argmax(-1)
-            probs, learnable = self._draft_probs(target_logits, best)
+        lm_head = self._lm_head[0].weight
+        learnable, best = torch.ones_like(rows, dtype=torch.bool), None
+        if self.head.target_ids is not None:
+            # The target's distribution says something where its likeliest token can be drafted.
+            best = likeliest(truth, lm_head)
+            draftable = torch.zeros(len(lm_head), dtype=torch.bool, device=rows.device)
+            draftable[self.head.target_ids] = True
+            learnable, lm_head = draftable[best], lm_head[self.head.target_ids]
         # Every parameter takes part even in a batch without positions, so that data-parallel processes stay in step.
-        nothing = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
-        losses, agreed, counted = [], [], []
+        loss = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
+        predicted, chosen, regressions = [], [], []
         for step, ready in enumerate(unroll(self.head, token_ids, inputs, weights.num_steps, weights.token_shift)):
             source = places - 1 - step  # the row whose step predicts feature `places`
-            chosen = source >= 0
-            predicted = ready[rows[chosen], source[chosen]]
-            logits = self.head.logits(predicted, step).float()
-            draft = logits.argmax(-1)
-            if self.head.target_ids is not None:
-                draft = self.head.target_ids[draft]
-            agreed.append((draft == best[chosen]).sum())
-            counted.append(chosen.sum())
-            usable = learnable[chosen]
-            num_usable = usable.sum().clamp(min=1)
-            cross_entropy = -(probs[chosen] * logits.log_softmax(-1)).sum(-1)
-            step_loss = weights.classification * (cross_entropy * usable).sum() / num_usable
+            chosen.append(source >= 0)
+            predicted.append(ready[rows, source.clamp(min=0)])
             if weights.regression:
-                distance = F.smooth_l1_loss(predicted.float(), truth[chosen].float(), reduction="none").mean(-1)
-                step_loss = step_loss + weights.regression * distance.sum() / max(1, len(distance))
-            losses.append(weights.step_decay**step * step_loss)
-        step_losses = torch.stack(losses)
-        return Outcome(nothing + step_losses.sum(), step_losses.detach(), torch.stack(agreed), torch.stack(counted))
-
-    def _draft_probs(
-        self,
-        target_logits: torch.Tensor,  # [positions, vocab]
-        best: torch.Tensor,  # [positions]
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [positions, draft_vocab], [positions] bool
-        """The target's distribution over the draft vocabulary, and where it says something: the likeliest token is in it."""
-        if self.head.target_ids is None:
-            return target_logits.softmax(-1), torch.ones_like(best, dtype=torch.bool)
-        draftable = torch.zeros(target_logits.shape[-1], dtype=torch.bool, device=best.device)
-        draftable[self.head.target_ids] = True
-        return target_logits[:, self.head.target_ids].softmax(-1), draftable[best]
+                distance = F.smooth_l1_loss(predicted[step].float(), truth.float(), reduction="none").mean(-1)
+                scale = weights.regression * weights.step_decay**step / chosen[step].sum().clamp(min=1)
+                regressions.append(scale * (distance * chosen[step]).sum())
+        counts = torch.stack(chosen)
+        usable = counts & learnable
+        scales = weights.classification * weights.step_decay ** torch.arange(len(chosen), device=rows.device)
+        per_position = usable * (scales / usable.sum(1).clamp(min=1))[:, None]
+        found = cross_entropy(truth, lm_head, predicted, self.head.lm_head_weights, per_position)
+        drafts = found.drafts if self.head.target_ids is None else self.head.target_ids[found.drafts]
+        agreed = (drafts == (found.likeliest if best is None else best)) & counts
+        parts = torch.stack(regressions) if regressions else torch.zeros_like(found.step_losses)
+        return Outcome(loss + found.loss + parts.sum(), found.step_losses + parts.detach(), agreed.sum(1), counts.sum(1))
