@@ -84,19 +84,21 @@ class _CrossEntropy(torch.autograd.Function):
             for rows in _chunks(num_positions, vocab):
                 probs = (truth[rows].to(dtype) @ theirs.T).float()
                 best[rows] = probs.argmax(-1)
-                probs.sub_(probs.logsumexp(-1, keepdim=True)).exp_()
+                probs.sub_(probs.gather(1, best[rows, None])).exp_()
+                probs.div_(probs.sum(-1, keepdim=True))
                 for step in range(num_steps):
                     place = step % len(ours)
                     own = predicted[step][rows].to(dtype)
                     scores = (own @ ours[place].T).float()
                     drafts[step, rows] = scores.argmax(-1)
-                    log_sum = scores.logsumexp(-1)
-                    weight = weights[step, rows]
-                    losses[step] += (weight * (log_sum - torch.linalg.vecdot(probs, scores))).sum()
+                    scores.sub_(scores.gather(1, drafts[step, rows, None]))
+                    expected = torch.bmm(probs[:, None], scores[:, :, None])[:, 0, 0]
+                    total, weight = scores.exp_().sum(-1), weights[step, rows]
+                    losses[step] += (weight * (total.log() - expected)).sum()
                     if not with_gradient:
                         continue
                     # d cross-entropy / d scores: the head's distribution less the target's
-                    slope = scores.sub_(log_sum[:, None]).exp_().sub_(probs).mul_(weight[:, None]).to(dtype)
+                    slope = scores.mul_((weight / total)[:, None]).addcmul_(probs, weight[:, None], value=-1).to(dtype)
                     gradients[step][rows] = (slope @ ours[place]).to(gradients[step].dtype)
                     of_weight = weight_gradients[place]
                     if of_weight is not None:
