@@ -1,1 +1,1 @@
-"""Train EAGLE heads: data/ in, head/ out; run/ is one run of `vllm-eagle train`."""
+"""Train EAGLE heads: data/ in, head/ out; regenerate/ has the target write the data, run/ is one run of `vllm-eagle train`."""

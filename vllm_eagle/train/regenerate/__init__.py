@@ -1,1 +1,1 @@
-"""`vllm-eagle regenerate`: the target writes the answers of training dialogues itself; resumable."""
+"""`vllm-eagle regenerate`: the target writes the answers of training dialogues, or whole dialogues, itself; resumable."""

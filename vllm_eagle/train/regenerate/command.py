@@ -1,27 +1,39 @@
-"""Let the target write the answers itself: the head then learns the text that it will draft.
+"""Let the target write the answers, or whole dialogues, itself: the head then learns the text that it will draft.
 
     vllm-eagle regenerate --target MODEL --data FILE [FILE ...] --out FILE [--temperature 0 0.7 1]
+    vllm-eagle regenerate --target MODEL --self N --out FILE [--turns 2]
 
-Every answer of a dialogue is replaced by the target's, in order, each with the answers before it as context; a question at the end
-gets an answer, too. System turns stay. Dialogues with tool turns are left out: the tool's reply belongs to the old answer. Several
-temperatures take turns, row by row. An answer that reaches --max-tokens ends its dialogue and carries "finish_reason": "length";
-training then teaches no end of turn behind it.
+With --data every answer of a dialogue is replaced by the target's, in order, each with the answers before it as context; a
+question at the end gets an answer, too. System turns stay. Dialogues with tool turns are left out: the tool's reply belongs to the
+old answer.
+
+With --self the target writes whole dialogues: it is given its chat template up to where a user begins and writes that turn, too
+(Magpie, arXiv 2406.08464), then the answer, then the next user turn. Turns that are empty, too short, cut off, loops, repetitions
+of earlier ones, or that contain the template's own marks are left out and counted.
+
+Several temperatures take turns, row by row. An answer that reaches --max-tokens ends its dialogue and carries "finish_reason":
+"length"; training then teaches no end of turn behind it.
 
 Finished dialogues are appended to OUT in chunks. The same command continues where it stopped; OUT.meta.json says what OUT was made
-with, and other arguments are refused. Rows that are left out are tried again by the next run.
+with, and other arguments are refused. Rows of files that are left out are tried again by the next run.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from vllm_eagle.train.data.report import DataReport
 from vllm_eagle.train.data.rows import check_files
 from vllm_eagle.train.features.target import load_config, load_tokenizer
+from vllm_eagle.train.regenerate.file_turns import FileTurns
 from vllm_eagle.train.regenerate.journal import Journal
-from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Regenerator, Settings
+from vllm_eagle.train.regenerate.own_turns import OwnTurns
+from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Regenerator, Settings, Source
+from vllm_eagle.train.regenerate.users import Users
 
+USER_TOP_P = 0.995  # Magpie's: without it a user turn goes astray at the unlikeliest tokens
 OpenEngine = Callable[[Settings, int], AbstractContextManager[Generate]]  # settings, seed
 
 
@@ -39,9 +51,14 @@ def open_vllm(settings: Settings, seed: int) -> Iterator[Generate]:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     with engine(settings.target, **options) as llm:
 
-        def generate(prompts: list[list[int]], temperatures: list[float]) -> list[Answer]:
+        def generate(
+            prompts: list[list[int]], temperatures: list[float], user_stops: tuple[str, ...] | None = None
+        ) -> list[Answer]:
+            sampling: dict[str, Any] = {"max_tokens": settings.max_tokens}
+            if user_stops is not None:
+                sampling |= {"top_p": USER_TOP_P, "stop": list(user_stops), "skip_special_tokens": False}
             # No seed per request: vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps.
-            params = [SamplingParams(temperature=t, max_tokens=settings.max_tokens) for t in temperatures]
+            params = [SamplingParams(temperature=t, **sampling) for t in temperatures]
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
             return [(output.outputs[0].text, output.outputs[0].finish_reason) for output in outputs]
 
@@ -58,7 +75,8 @@ def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine =
         progress: show a bar.
 
     Raises:
-        ValueError: a file is missing, the target has no chat template or is too short, or OUT was made with other arguments.
+        ValueError: a file is missing, the target has no chat template, one that cannot be cut where a user begins, or too few
+            positions, OUT was made with other arguments, or hardly any user turn that the target writes can be used.
     """
     check_files(list(settings.data))
     longest = load_config(settings.target).to_dict().get("max_position_embeddings")
@@ -67,11 +85,17 @@ def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine =
     tokenizer = load_tokenizer(settings.target)
     if not tokenizer.chat_template:
         raise ValueError(f"{settings.target}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
+    users = None if settings.own is None else Users(tokenizer, settings.target, settings.turns)
     journal = Journal(settings.out, settings.arguments())
-    done = {(row["source"]["data"], row["source"]["line"]) for row in journal.rows()}
+    known = journal.rows()
     # Another seed than the run before: its random numbers would come again, for other questions.
-    with _opened_late(open_engine, settings, settings.seed + len(done)) as generate:
-        return Regenerator(settings, tokenizer, generate, journal, report).run(done, progress)
+    with _opened_late(open_engine, settings, settings.seed + len(known)) as generate:
+        source: Source
+        if users is not None:
+            source = OwnTurns(settings, tokenizer, users, generate, report, known)
+        else:
+            source = FileTurns(settings, report, {(row["source"]["data"], row["source"]["line"]) for row in known})
+        return Regenerator(settings, tokenizer, generate, journal, report, source).run(progress)
 
 
 @contextmanager
@@ -80,10 +104,12 @@ def _opened_late(open_engine: OpenEngine, settings: Settings, seed: int) -> Iter
     opened: list[Generate] = []
     with ExitStack() as stack:
 
-        def generate(prompts: list[list[int]], temperatures: list[float]) -> list[Answer]:
+        def generate(
+            prompts: list[list[int]], temperatures: list[float], user_stops: tuple[str, ...] | None = None
+        ) -> list[Answer]:
             if not opened:
                 opened.append(stack.enter_context(open_engine(settings, seed)))
-            return opened[0](prompts, temperatures)
+            return opened[0](prompts, temperatures, user_stops) if user_stops is not None else opened[0](prompts, temperatures)
 
         yield generate
 
@@ -91,7 +117,9 @@ def _opened_late(open_engine: OpenEngine, settings: Settings, seed: int) -> Iter
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
     parser.add_argument("--target", required=True, help="folder of the target model")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="dialogues or prompts (.jsonl, .json, .gz)")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="dialogues or prompts (.jsonl, .json, .gz)")
+    parser.add_argument("--self", type=int, metavar="N", dest="own", help="instead: N dialogues that the target writes itself")
+    parser.add_argument("--turns", type=int, default=2, help="with --self: most user turns of a dialogue (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write, or to continue")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.7, 1.0], help="in turns (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="per answer (default %(default)s)")
@@ -112,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         max_model_len=args.max_model_len,
         limit=args.limit,
+        own=args.own,
+        turns=args.turns,
         seed=args.seed,
         dtype=args.dtype,
     )

@@ -1,19 +1,34 @@
-"""Replace the answers of dialogues, chunk by chunk: all first answers of a chunk together, then all second ones, and so on."""
+"""Write the answers of dialogues, chunk by chunk: all first answers of a chunk together, then all second ones, and so on.
 
-from collections.abc import Callable, Iterator
+Where the user turns come from: file_turns.py, own_turns.py.
+"""
+
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_eagle.train.data.report import DataReport
-from vllm_eagle.train.data.rows import Message, Row, iter_rows
+from vllm_eagle.train.data.rows import Message, Row
+from vllm_eagle.train.regenerate.filters import EMPTY
 from vllm_eagle.train.regenerate.journal import Journal
 
 CHUNK = 256  # rows that are generated together, and lost together when a run is killed
 
 Answer = tuple[str, str]  # text, finish reason
-Generate = Callable[[list[list[int]], list[float]], list[Answer]]  # prompts' token ids, their temperatures
 Key = tuple[int, int]  # which of the data files, from 0; line
+
+
+class Generate(Protocol):
+    """What writes texts."""
+
+    def __call__(
+        self,
+        prompts: list[list[int]],  # token ids
+        temperatures: list[float],
+        user_stops: tuple[str, ...] | None = None,  # for user turns: texts at which they end; special tokens stay in them
+    ) -> list[Answer]:
+        """One text per prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +36,14 @@ class Settings:
     """What to regenerate, and how."""
 
     target: str
-    data: tuple[Path, ...]
+    data: tuple[Path, ...]  # empty where the target writes the user turns, too
     out: Path
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     max_tokens: int = 256  # per answer
     max_model_len: int = 1024  # a prompt must leave room for max_tokens
     limit: int | None = None  # use the first rows only
+    own: int | None = None  # so many dialogues that the target writes itself
+    turns: int = 2  # most user turns of those
     seed: int = 0
     dtype: str = "auto"
     chunk: int = CHUNK
@@ -41,15 +58,28 @@ class Settings:
             raise ValueError(f"--temperature is {min(self.temperatures)}; it must not be negative")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit is {self.limit}; it must be at least 1")
+        if bool(self.data) == (self.own is not None):
+            raise ValueError("give either --data FILE, or --self N for dialogues that the target writes itself")
+        if self.own is not None and self.own < 1:
+            raise ValueError(f"--self is {self.own}; it must be at least 1, the number of dialogues")
+        if self.own is not None and self.limit is not None:
+            raise ValueError("--limit is for --data; with --self N the target writes N dialogues; remove it")
+        if self.turns < 1:
+            raise ValueError(f"--turns is {self.turns}; it must be at least 1")
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt."""
+        return self.max_model_len - self.max_tokens
 
     def arguments(self) -> dict[str, Any]:
-        """What the answers depend on. `limit` and `max_model_len` may change between runs: they only add rows."""
+        """What the answers depend on. `limit`, `own` and `max_model_len` may change between runs: they only add rows."""
         from vllm_eagle.train.data.examples import file_hash
 
         folder = Path(self.target)
         return {
             "target": str(folder.resolve()) if folder.is_dir() else self.target,
-            "data_sha256": file_hash(self.data),
+            **({"data_sha256": file_hash(self.data)} if self.data else {"self": True, "turns": self.turns}),
             "temperatures": list(self.temperatures),
             "max_tokens": self.max_tokens,
             "seed": self.seed,
@@ -58,7 +88,7 @@ class Settings:
 
 
 @dataclass(slots=True)
-class _Dialogue:
+class Dialogue:
     """A dialogue under way."""
 
     key: Key
@@ -67,6 +97,11 @@ class _Dialogue:
     todo: list[Message]  # turns of the row that are not yet dealt with
     messages: list[dict[str, Any]] = field(default_factory=list)
     is_finished: bool = False
+
+    @property
+    def num_answers(self) -> int:
+        """Answers so far."""
+        return sum(message["role"] == "assistant" for message in self.messages)
 
     def to_next_answer(self) -> bool:
         """Take the turns before the next answer; False if there is no answer to write."""
@@ -90,56 +125,61 @@ class _Dialogue:
         return {"messages": self.messages, "source": {"data": self.key[0], "file": self.row.path.name, "line": self.key[1]}}
 
 
+class Source(ABC):
+    """Where dialogues come from, chunk by chunk.
+
+    Attributes:
+        total: rows to go through, for the progress; None if unknown.
+        position: how many of them are dealt with.
+    """
+
+    total: int | None
+    position: int
+
+    @abstractmethod
+    def next_chunk(self, num_written: int) -> list[Dialogue]:
+        """Dialogues to be answered together; none at the end. `num_written`: dialogues that this run has finished."""
+
+    def follow_up(self, dialogues: list[Dialogue]) -> None:  # noqa: B027
+        """Add turns to the `todo` of dialogues that were just answered."""
+
+    def answer_fault(self, text: str) -> str | None:
+        """Why an answer is left out."""
+        return None if text.strip() else EMPTY
+
+
 class Regenerator:
-    """Writes the answers of all dialogues that `journal` does not hold yet."""
+    """Writes the answers of all dialogues of `source`, and them to `journal`."""
 
-    def __init__(self, settings: Settings, tokenizer: Any, generate: Generate, journal: Journal, report: DataReport):
+    def __init__(
+        self, settings: Settings, tokenizer: Any, generate: Generate, journal: Journal, report: DataReport, source: Source
+    ):
         self._settings, self._tokenizer, self._generate = settings, tokenizer, generate
-        self._journal, self._report = journal, report
+        self._journal, self._report, self._source = journal, report, source
 
-    def run(self, done: set[Key], progress: bool = True) -> int:
-        """Work through the data, leaving out the rows of `done`; returns how many dialogues were written."""
+    def run(self, progress: bool = True) -> int:
+        """Work through the source; returns how many dialogues were written."""
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-        with tqdm(desc="regenerating", unit=" rows", total=self._settings.limit, disable=not progress) as bar:
-            return self._run(done, bar)
+        source, num_written = self._source, 0
+        with tqdm(
+            desc="regenerating", unit=" rows", total=source.total, initial=source.position, dynamic_ncols=True, disable=not progress
+        ) as bar:
+            while chunk := source.next_chunk(num_written):
+                bar.update(source.position - bar.n)
+                num_written += self._write(chunk)
+            bar.update(source.position - bar.n)
+        return num_written
 
-    def _run(self, done: set[Key], bar: Any) -> int:
-        num_written = 0
-        waiting: list[_Dialogue] = []
-        for number, (key, row) in enumerate(self._rows()):
-            if number == self._settings.limit:
-                break
-            bar.update()
-            if key in done:
-                continue
-            temperature = self._settings.temperatures[number % len(self._settings.temperatures)]
-            waiting.append(_Dialogue(key, row, temperature, list(row.messages or [])))
-            if len(waiting) == self._settings.chunk:
-                num_written += self._write(waiting)
-                waiting = []
-        return num_written + (self._write(waiting) if waiting else 0)
-
-    def _rows(self) -> Iterator[tuple[Key, Row]]:
-        for data, path in enumerate(self._settings.data):
-            for row in iter_rows(path, self._report):
-                if row.messages is None:
-                    self._report.add(path, row.line, "plain text", "there is nothing to answer")
-                elif any(message["role"] == "tool" for message in row.messages):
-                    self._report.add(path, row.line, "tool turn", "the tool's reply belongs to the old answer")
-                elif all(message["role"] == "system" for message in row.messages):
-                    self._report.add(path, row.line, "no user turn")
-                else:
-                    yield (data, row.line), row
-
-    def _write(self, dialogues: list[_Dialogue]) -> int:
+    def _write(self, dialogues: list[Dialogue]) -> int:
         while active := [dialogue for dialogue in dialogues if dialogue.to_next_answer()]:
             self._answer(active)
+            self._source.follow_up(active)
         finished = [dialogue.as_row() for dialogue in dialogues if dialogue.messages]
         self._journal.append(finished)
         return len(finished)
 
-    def _answer(self, dialogues: list[_Dialogue]) -> None:
+    def _answer(self, dialogues: list[Dialogue]) -> None:
         """Add one answer to each dialogue, or stop it."""
         ready, prompts = [], []
         for dialogue in dialogues:
@@ -151,28 +191,30 @@ class Regenerator:
             return
         answers = self._generate(prompts, [dialogue.temperature for dialogue in ready])
         for dialogue, (text, finish_reason) in zip(ready, answers, strict=True):
-            if not text.strip():
-                self._leave(dialogue, "empty answer")
+            fault = self._source.answer_fault(text)
+            if fault is not None:
+                leave(dialogue, self._report, "empty answer" if fault == EMPTY else f"answer {fault}")
                 continue
             dialogue.messages.append({"role": "assistant", "content": text})
             if finish_reason == "length":
                 dialogue.messages[-1]["finish_reason"] = "length"
                 dialogue.stop()
 
-    def _prompt(self, dialogue: _Dialogue) -> list[int] | None:
+    def _prompt(self, dialogue: Dialogue) -> list[int] | None:
         try:
             text = self._tokenizer.apply_chat_template(dialogue.messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author and may raise anything
-            self._leave(dialogue, "template error", " ".join(f"{error}".split())[:200])
+            leave(dialogue, self._report, "template error", " ".join(f"{error}".split())[:200])
             return None
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        room = self._settings.max_model_len - self._settings.max_tokens
-        if len(ids) > room:
-            self._leave(dialogue, "too long", f"prompt of {len(ids)} tokens, room for {room}")
+        if len(ids) > self._settings.room:
+            leave(dialogue, self._report, "too long", f"prompt of {len(ids)} tokens, room for {self._settings.room}")
             return None
         return ids
 
-    def _leave(self, dialogue: _Dialogue, reason: str, detail: str = "") -> None:
-        dialogue.stop()
-        kept = f"first {len(dialogue.messages)} turns kept" if dialogue.messages else ""
-        self._report.add(dialogue.row.path, dialogue.row.line, reason, "; ".join(filter(None, (detail, kept))))
+
+def leave(dialogue: Dialogue, report: DataReport, reason: str, detail: str = "") -> None:
+    """Stop a dialogue, keep what is answered so far, and say why."""
+    dialogue.stop()
+    kept = f"first {len(dialogue.messages)} turns kept" if dialogue.messages else ""
+    report.add(dialogue.row.path, dialogue.row.line, reason, "; ".join(filter(None, (detail, kept))))
