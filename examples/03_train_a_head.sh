@@ -10,7 +10,7 @@ TARGET=${TARGET:-$PACKAGE/pair/target}
 DATA=${DATA:-$PACKAGE/prompts/gsm8k_answers.jsonl.gz}
 
 # Heads learn best from answers that the target wrote itself. The shipped ones are; for others:
-#     vllm-eagle regenerate --target $TARGET --data questions.jsonl --out answers.jsonl
+#     vllm-eagle regenerate --target $TARGET --data questions.jsonl --out answers.jsonl   # or --self 2000 without questions
 vllm-eagle train --target "$TARGET" --data "$DATA" --out "$OUT/head" --steps "${STEPS:-60}" --lr 2e-3
 vllm-eagle inspect "$OUT/head" --target "$TARGET"
 vllm-eagle eval --target "$TARGET" --head "$OUT/head" --limit 16 --out "$OUT/eval" # alpha, calibration, expected tau

@@ -28,12 +28,12 @@ ROOMS = {
     "plugin": "algorithm engine heads options vllm",
     "llm": "options vllm",
     "__init__": "algorithm llm options",
-    # heads: made and measured without vLLM; regenerate writes answers with it
+    # heads: made and measured without vLLM; regenerate writes answers, or whole dialogues, with it
     "train": "",
     "train/features": "",
     "train/data": "",
     "train/head": "heads train/features",
-    "train/run": "evaluate heads train/data train/features train/head",
+    "train/run": "algorithm evaluate heads train/data train/features train/head train/regenerate",
     "train/regenerate": "bench/engines train/data train/features vllm",
     "evaluate": "algorithm bench/engines train/features train/head",
     # measurements

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.evaluate import calibration
 from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH, measure_accuracy
 from vllm_eagle.evaluate.simulate import Replay, replay
-from vllm_eagle.evaluate.texts import read_texts, write_answers
+from vllm_eagle.evaluate.texts import Read, read_texts, write_answers
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head
 from vllm_eagle.train.head.medusa import MedusaHead
@@ -48,13 +49,20 @@ class EvalSettings:
         return {f"{word}{n}": TreeConfig.from_options(n, {"mode": self.mode}) for n in self.num_draft_tokens}
 
 
-def evaluate(settings: EvalSettings) -> dict[str, Any]:
+def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None, progress: bool = False) -> dict[str, Any]:
     """Run the evaluation; returns what the JSON holds. Writes reliability.png and eval.json to `settings.out`.
+
+    Args:
+        settings: what to evaluate.
+        trees: other trees than those of `settings`, by name.
+        progress: show a bar.
 
     Raises:
         ValueError: target, head or prompts cannot be used.
     """
-    trees = settings.trees()
+    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+    trees = trees or settings.trees()
     if settings.limit is not None and settings.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {settings.limit}")
     if settings.max_tokens < 2 or settings.temperature < 0 or settings.batch < 1:
@@ -72,13 +80,18 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
             f"--max-tokens {settings.max_tokens} after the longest prompt makes {longest} tokens, the target takes "
             f"{target.config.max_position_embeddings}; lower it or leave out long prompts"
         )
-    texts = write_answers(target, prompts, settings.max_tokens, margin, settings.temperature, settings.seed, settings.batch)
+    num_batches = -(-len(prompts) // settings.batch)
+    with tqdm(desc="answers", unit=" steps", total=num_batches * (settings.max_tokens + margin), disable=not progress) as bar:
+        texts = write_answers(
+            target, prompts, settings.max_tokens, margin, settings.temperature, settings.seed, settings.batch, bar.update
+        )
     aux = aux_layers(head.config)
     batches = list(read_texts(target, texts, aux, settings.batch))
     accuracy = measure_accuracy(target, head, batches, depth, settings.temperature)
     result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(text.num_answer for text in texts)} | accuracy.as_dict()
     if not isinstance(head, MedusaHead):  # whose tokens do not depend on each other: there is no tree of features to grow
-        replays = {name: replay(head, batches, config, settings.temperature) for name, config in trees.items()}
+        with tqdm(desc="drafting", unit=" batches", total=len(trees) * len(batches), disable=not progress) as bar:
+            replays = {name: replay(head, _counted(batches, bar), config, settings.temperature) for name, config in trees.items()}
         curves = {name: calibration.reliability(r.confidences, r.accepted) for name, r in replays.items()}
         result["trees"] = {name: _tree_result(r) | {"calibration": curves[name].as_dict()} for name, r in replays.items()}
         if settings.out is not None:
@@ -92,6 +105,20 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
         settings.out.mkdir(parents=True, exist_ok=True)
         (settings.out / "eval.json").write_text(json.dumps(result) + "\n")
     return result
+
+
+def alpha_table(result: dict[str, Any]) -> str:
+    """Alpha per depth, as `eval` prints it."""
+    lines = [f"{'alpha':<20}" + "".join(f"{i:>8}" for i in range(len(result["alpha_free_running"])))]
+    for kind in ("teacher_forced", "free_running"):
+        lines.append(f"{kind.replace('_', '-'):<20}" + "".join(f"{alpha:>8.3f}" for alpha in result[f"alpha_{kind}"]))
+    return "\n".join(lines)
+
+
+def _counted(batches: list[Read], bar: Any) -> Iterator[Read]:
+    for batch in batches:
+        yield batch
+        bar.update()
 
 
 def _tree_result(found: Replay) -> dict[str, Any]:
@@ -126,9 +153,7 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
     result = evaluate(settings)
     print(f"{result['prompts']} prompts, {result['tokens']} tokens, T={settings.temperature:g}, {settings.dtype}, "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-    print(f"{'alpha':<20}" + "".join(f"{i:>8}" for i in range(len(result["alpha_free_running"]))))
-    for kind in ("teacher_forced", "free_running"):
-        print(f"{kind.replace('_', '-'):<20}" + "".join(f"{alpha:>8.3f}" for alpha in result[f"alpha_{kind}"]))
+    print(alpha_table(result))
     entropy, certainty = result["target_entropy_nats"], result["target_largest_probability"]
     classes = ", ".join(
         "{share:.0%} at {likeliest[0]:g} to {likeliest[1]:g}: {alpha_0:.3f}".format(**found)

@@ -1,6 +1,6 @@
 """Answers of the target itself, with the noise that vLLM's sampler would have used, so that drafting can be replayed on them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ def write_answers(
     temperature: float = 0.0,
     seed: int = 0,  # prompt i samples with seed + i, as `vllm-eagle compare` has it
     batch: int = 32,
+    on_token: Callable[[], object] = lambda: None,  # called after each token of a batch, for progress
 ) -> list[Text]:
     """Answer every prompt greedily, or sample as vLLM's CPU sampler does."""
     texts: list[Text | None] = [None] * len(prompts)
@@ -43,7 +44,7 @@ def write_answers(
         if temperature > 0:
             for row, i in enumerate(chosen):
                 seeds[row] = peek_seeds(torch.Generator().manual_seed(seed + i), max_tokens + margin)
-        answers = _decode(target, [prompts[i] for i in chosen], seeds, temperature)
+        answers = _decode(target, [prompts[i] for i in chosen], seeds, temperature, on_token)
         for row, i in enumerate(chosen):
             answer = answers[row].tolist()
             ends = [k + 1 for k, token in enumerate(answer[:max_tokens]) if token in _end_tokens(target)]
@@ -54,7 +55,7 @@ def write_answers(
 
 
 def _decode(
-    target: FrozenTarget, prompts: list[list[int]], seeds: torch.Tensor, temperature: float
+    target: FrozenTarget, prompts: list[list[int]], seeds: torch.Tensor, temperature: float, on_token: Callable[[], object]
 ) -> torch.Tensor:  # [batch, tokens] int64
     """Plain decoding of left-padded prompts; one column of `seeds` [batch, tokens] per token."""
     from transformers import DynamicCache
@@ -75,6 +76,7 @@ def _decode(
         tokens.append(ids)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         positions = positions[:, -1:] + 1
+        on_token()
     return torch.cat(tokens, 1).cpu()
 
 

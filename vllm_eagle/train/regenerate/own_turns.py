@@ -47,6 +47,7 @@ class OwnTurns(Source):
         self._generate, self._report, self._num_known = generate, report, len(known)
         self._seen = {same_words(row["messages"][0]["content"]) for row in known}
         self._line = max((row["source"]["line"] for row in known), default=0)
+        self._waiting: list[Dialogue] = []
         self._history: deque[tuple[int, int]] = deque(maxlen=PATIENCE + 1)  # user turns asked for, dialogues written
 
     def next_chunk(self, num_written: int) -> list[Dialogue]:
@@ -56,11 +57,11 @@ class OwnTurns(Source):
             ValueError: hardly any user turn that the target writes can be used.
         """
         self.position = min(self._number, self._num_known + num_written)
-        chunk: list[Dialogue] = []
-        while not chunk and self.position < self._number:
+        missing = self._number - self.position
+        while missing and not self._waiting:
             self._check_share(num_written)
-            missing = self._number - self.position
-            chunk = self._first_turns(min(self._settings.chunk, MOST, max(FEWEST, math.ceil(1.25 * missing))))[:missing]
+            self._waiting = self._first_turns(min(self._settings.chunk, MOST, max(FEWEST, math.ceil(1.25 * missing))))
+        chunk, self._waiting = self._waiting[:missing], self._waiting[missing:]
         return chunk
 
     def follow_up(self, dialogues: list[Dialogue]) -> None:

@@ -1,1 +1,1 @@
-"""One training run: settings, loop, checkpoints, curves, run card."""
+"""One training run: settings, loop, checkpoints, curves, run card; whole.py begins with data of the target's own."""

@@ -18,10 +18,7 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
         return EagleHead(head_config(target.config), target.embed, target.lm_head), {}
     if settings.method == "medusa":
         return MedusaHead(head_config(target.config), target.embed, target.lm_head, settings.loss.num_steps), {}
-    num_layers = target.config.num_hidden_layers
-    layers = list(settings.aux_layers or default_aux_layers(num_layers))
-    if not all(0 <= layer <= num_layers for layer in layers):
-        raise ValueError(f"--aux-layers {layers}: choose numbers from 0 to {num_layers}, the target's layers")
+    layers = chosen_aux_layers(target.config, settings)
     size = min(settings.draft_vocab, target.config.vocab_size)
     head = Eagle3Head(head_config(target.config, size, layers), target.embed)
     counts = count_tokens(((e.token_ids, e.loss_mask) for e in examples), target.config.vocab_size)
@@ -34,6 +31,19 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen])
     head.norm.weight.data.copy_(target.decoder.norm.weight.data)
     return head, {"aux_layers": layers, "draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
+
+
+def chosen_aux_layers(config: Any, settings: TrainSettings) -> list[int]:
+    """Layers of the target (a transformers config) that an EAGLE-3 head reads.
+
+    Raises:
+        ValueError: the target has no such layers.
+    """
+    num_layers = config.num_hidden_layers
+    layers = list(settings.aux_layers or default_aux_layers(num_layers))
+    if not all(0 <= layer <= num_layers for layer in layers):
+        raise ValueError(f"--aux-layers {layers}: choose numbers from 0 to {num_layers}, the target's layers")
+    return layers
 
 
 def continued_head(target: FrozenTarget, settings: TrainSettings) -> tuple[Head, dict[str, Any]]:

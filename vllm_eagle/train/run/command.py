@@ -1,10 +1,12 @@
-"""`vllm-eagle train`: options -> TrainSettings."""
+"""`vllm-eagle train`: options -> TrainSettings. Without --data the target writes the data first: whole.py."""
 
 import argparse
 import sys
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
+from vllm_eagle.train.run import own_data
+from vllm_eagle.train.run.own_data import DEFAULT_NUMBER
 from vllm_eagle.train.run.settings import DEFAULT_WEIGHTS, TrainSettings
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainSettings) if field.default is not MISSING}
@@ -13,7 +15,14 @@ _DEFAULTS = {field.name: field.default for field in fields(TrainSettings) if fie
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
     parser.add_argument("--target", required=True, help="folder of the target model")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="dialogues (.jsonl, .json, .gz) or text (.txt)")
+    parser.add_argument("--data", type=Path, nargs="+", help="dialogues (.jsonl, .json, .gz) or text (.txt)")
+    parser.add_argument(
+        "--self",
+        type=int,
+        metavar="N",
+        dest="own",
+        help=f"without --data: N dialogues that the target writes itself, into OUT/self (default {DEFAULT_NUMBER})",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for head, checkpoints, curves and run card")
     parser.add_argument("--method", choices=["eagle", "eagle3", "medusa"], default="eagle", help="medusa: for comparison only")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -72,21 +81,30 @@ def settings_from(args: argparse.Namespace) -> TrainSettings:
     weights = replace(DEFAULT_WEIGHTS[args.method], **{k: v for k, v in named.items() if v is not None})
     options = {name: getattr(args, name) for name in _DEFAULTS if hasattr(args, name)}
     options |= {"aux_layers": tuple(args.aux_layers) if args.aux_layers else None}
-    return TrainSettings(target=args.target, data=tuple(args.data), out=args.out, weights=weights, **options)
+    return TrainSettings(target=args.target, data=tuple(args.data or ()), out=args.out, weights=weights, **options)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; prints where the head is and how good."""
     settings = settings_from(args)
+    if args.data is not None and args.own is not None:
+        raise ValueError("--data and --self exclude each other; remove one: --self N lets the target write the data itself")
+    number = DEFAULT_NUMBER if args.own is None else args.own
+    if args.data is None:
+        own_data.check_number(number)
     from transformers.utils import logging
 
     from vllm_eagle.train.run.loop import train
+    from vllm_eagle.train.run.whole import train_from_nothing
 
     logging.disable_progress_bar()
     try:
+        if args.data is None:
+            print(train_from_nothing(settings, number))
+            return 0
         card = train(settings)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --resume goes on from the newest checkpoint in {settings.out}", file=sys.stderr)
+        print(f"stopped; the same command with --resume goes on with what is in {settings.out}", file=sys.stderr)
         return 130
     if card:
         held_out = card["facts"].get("held_out", {})

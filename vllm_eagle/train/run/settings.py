@@ -23,7 +23,7 @@ class TrainSettings:
 
     Attributes:
         target: folder (or hub name) of the target.
-        data: files of dialogues or text.
+        data: files of dialogues or text; empty where the target is yet to write them (whole.py).
         out: folder for head, checkpoints, curves and run card.
         method: kind of head.
         weights: parts of the loss; None for those of the method's paper (see `loss`).
