@@ -9,7 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from tests.engine.engines import engine, trees
-from tests.tiers import exhaustive, some
+from tests.tiers import exhaustive
 from vllm_eagle.bench.engines.offline import Generated, encode_prompts, generate
 from vllm_eagle.bench.passes.gaps import gaps
 from vllm_eagle.bench.passes.lora import random_adapter
@@ -100,12 +100,25 @@ def test_adapters(tmp_path: Path) -> None:
     assert sum(a != b for a, b in zip(others.token_ids, plain.token_ids, strict=True)) >= 6
 
 
-@pytest.mark.parametrize("head", some([HEAD, EAGLE3_HEAD], HEAD))
+@exhaustive
+@pytest.mark.parametrize("head", [HEAD, EAGLE3_HEAD], ids=["eagle", "eagle3"])
 def test_tensor_parallel(head: Path) -> None:
     """Two ranks, that must draft and accept alike."""
     plain, found, _ = both(TARGET, head, tensor_parallel_size=2)
     assert found.token_ids == plain.token_ids
     assert found.tau > 2.5
+
+
+def test_tensor_parallel_in_short() -> None:
+    """The ranks wait for each other without letting others work."""
+    params = [SamplingParams(temperature=i, seed=i, max_tokens=20) for i in range(2)]
+    answers = []
+    for changes in ({}, trees(HEAD)):
+        with engine(TARGET, tensor_parallel_size=2, **ONE_STEP, **changes) as llm:
+            answers.append(generate(llm, PROMPTS[:2], params))
+    plain, found = answers
+    assert found.token_ids == plain.token_ids
+    assert found.tau > 2
 
 
 @exhaustive

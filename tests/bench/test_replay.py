@@ -66,7 +66,7 @@ def test_on_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--replay", "70b"], "--replay 70b: unknown; known: 8b, tiny"),
         (["--replay", "8b", "--temperature", "1"], "remove --temperature"),
-        (["--replay", "8b", "--model", "x", "--head", "y"], "remove --model and --head"),
+        (["--replay", "8b", "--model", "x", "--head", "y"], "remove --real, --model and --head"),
     ],
 )
 def test_refused(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
