@@ -1,4 +1,5 @@
 import os
+import shutil
 import tempfile
 
 # Before vLLM is imported: engines in this process, no hub, one thread so that a busy machine does not stall in barriers.
@@ -39,13 +40,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(starts.summary(config.stash[STARTS]))
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if STARTS in config.stash:
+        shutil.rmtree(config.stash[STARTS].parent, ignore_errors=True)
+
+
 def shares_servers(path: str) -> bool:
     """Whether a file's tests ask the `pair` of servers."""
     return path.startswith(("tests/serving/test_serve_", "tests/serving/test_examples_serve"))
 
 
 # Files that take minutes, the longest first: left to the end, one process would run them while the others are done.
-_LONG = ("server_faults", "exactness", "ray", "soak", "throughput", "engine", "combine")
+_LONG = ("server_faults", "whole", "exactness", "ray", "soak", "throughput", "engine", "combine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

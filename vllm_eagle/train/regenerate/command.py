@@ -31,7 +31,7 @@ from vllm_eagle.train.regenerate.file_turns import FileTurns
 from vllm_eagle.train.regenerate.journal import Journal
 from vllm_eagle.train.regenerate.own_turns import OwnTurns
 from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Regenerator, Settings, Source
-from vllm_eagle.train.regenerate.users import Users
+from vllm_eagle.train.regenerate.users import Users, check_template
 
 USER_TOP_P = 0.995  # Magpie's: without it a user turn goes astray at the unlikeliest tokens
 OpenEngine = Callable[[Settings, int], AbstractContextManager[Generate]]  # settings, seed
@@ -83,8 +83,7 @@ def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine =
     if longest is not None and settings.max_model_len > longest:
         raise ValueError(f"--max-model-len is {settings.max_model_len}, but {settings.target} has only {longest} positions")
     tokenizer = load_tokenizer(settings.target)
-    if not tokenizer.chat_template:
-        raise ValueError(f"{settings.target}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
+    check_template(tokenizer, settings.target)
     users = None if settings.own is None else Users(tokenizer, settings.target, settings.turns)
     journal = Journal(settings.out, settings.arguments())
     known = journal.rows()

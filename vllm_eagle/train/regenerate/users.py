@@ -34,8 +34,7 @@ class Users:
 
     def __init__(self, tokenizer: Any, name: str, turns: int):
         self._tokenizer = tokenizer
-        if not tokenizer.chat_template:
-            raise ValueError(f"{name}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
+        check_template(tokenizer, name)
         try:
             before = self.before([])
             after = self._render([_said("user", _USER)], add_generation_prompt=True).partition(_USER)[2]
@@ -69,6 +68,16 @@ class Users:
     def _render(self, messages: list[Message], **options: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return text
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Refuse a target, by its name, whose tokenizer cannot render dialogues.
+
+    Raises:
+        ValueError: it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
 
 
 _WAY_OUT = "write questions into a file and give --data"
