@@ -15,6 +15,7 @@ from vllm_eagle.commands import arguments
 from vllm_eagle.heads import command as heads
 from vllm_eagle.train.regenerate import command as regenerate
 from vllm_eagle.train.run import command as training
+from vllm_eagle.train.run import draft_vocab
 
 # Name, what it does, and who adds its arguments and says what runs it.
 COMMANDS = (
@@ -27,6 +28,7 @@ COMMANDS = (
         "let the target write training dialogues, or their answers, itself; resumable",
         regenerate.add_arguments,
     ),
+    ("draft-vocab", "choose the tokens that a head drafts, without training it", draft_vocab.add_arguments),
     ("convert", "write a head as vLLM, SafeAILab or speculators load it", heads.add_convert_arguments),
     ("inspect", "what a head is, which target it fits, what is odd about it", heads.add_inspect_arguments),
     ("eval", "draft accuracy, calibration and expected tau of a head, without vLLM", arguments.add_eval_arguments),

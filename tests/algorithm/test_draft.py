@@ -104,6 +104,33 @@ def test_dynamic_growth_keeps_the_best_paths_of_all(
                 assert score == pytest.approx(best[path], abs=1e-4)
 
 
+@given(st.integers(0, 10**6), st.integers(1, 20), st.sampled_from([0.0, 1.0]), st.sets(st.integers(0, VOCAB - 1), min_size=2))
+def test_a_draft_vocabulary_is_a_vocabulary_whose_other_tokens_are_impossible(
+    seed: int, num_draft_tokens: int, temperature: float, chosen: set[int]
+) -> None:
+    config, token_ids = TreeConfig(num_draft_tokens, topk=4), torch.tensor(sorted(chosen))
+    noise = gumbel(torch.arange(config.depth_limit) + seed, VOCAB) * (temperature > 0)
+    few = gumbel(torch.arange(config.depth_limit) + seed, token_ids) * (temperature > 0)
+    impossible = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, token_ids, False)
+    requests, head, same_head = [Request(0, num_draft_tokens, temperature)], TableHead(1, seed), TableHead(1, seed)
+    (whole,) = grow(
+        requests,
+        head.root_logits().masked_fill(impossible, float("-inf")),
+        lambda level: head(level).masked_fill(impossible, float("-inf")),
+        config,
+        lambda depth: noise[None, depth - 1],
+    )
+    (found,) = grow(
+        requests,
+        same_head.root_logits()[:, token_ids],
+        lambda level: same_head(level)[:, :, token_ids],
+        config,
+        lambda depth: few[None, depth - 1],
+        token_ids=token_ids,
+    )
+    assert paths_of(found) == pytest.approx(paths_of(whole), abs=1e-5)
+
+
 @given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from(["dynamic", "static", "chain"]))
 def test_grown_trees_keep_their_promises(seed: int, num_draft_tokens: int, mode: str) -> None:
     config = TreeConfig(num_draft_tokens, mode=mode, topk=3)

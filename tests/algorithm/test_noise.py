@@ -14,6 +14,8 @@ from vllm_eagle.algorithm.noise import gumbel, peek_seeds
 def test_gumbel_equals_the_hash_in_unbounded_integers(seed: int) -> None:
     expected = [reference.gumbel(seed, token) for token in range(20)]
     assert gumbel(torch.tensor(seed), 20).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    some = torch.tensor([3, 11, 19])
+    assert gumbel(torch.tensor(seed), some).tolist() == pytest.approx([expected[i] for i in some], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [7, 4096, 32001])

@@ -29,7 +29,7 @@ from vllm_eagle.train.head.files import load_head, save_head
 from vllm_eagle.train.head.layer import Memory
 from vllm_eagle.train.head.models import Eagle3Head, Head, aux_layers
 from vllm_eagle.train.head.objective import LossWeights, Objective
-from vllm_eagle.train.head.unroll import unroll, unrolled_mask
+from vllm_eagle.train.head.unroll import unroll
 from vllm_eagle.train.head.vocabulary import count_tokens, coverage, draft_vocabulary
 from vllm_eagle.train.run import checkpoint
 from vllm_eagle.train.run.build import new_head
@@ -70,7 +70,7 @@ def settings(target_path: Path, data: Path, out: Path, method: str = "eagle", **
         lr=1e-3,
         warmup=2,
         dtype="float32",
-        draft_vocab=128,
+        draft_vocab=128 if method == "eagle3" else None,
         holdout=0.1,
         log_every=1,
         eval_every=3,
@@ -82,19 +82,9 @@ def settings(target_path: Path, data: Path, out: Path, method: str = "eagle", **
 def head_for(target: FrozenTarget, method: str, token_ids: torch.Tensor) -> Head:
     torch.manual_seed(0)
     examples = [Example(row.int(), torch.ones(len(row), dtype=torch.bool)) for row in token_ids]
-    options = TrainSettings(target.path, (), Path(), method, DEFAULT_WEIGHTS[method], draft_vocab=128)
+    draft_vocab = 128 if method == "eagle3" else None
+    options = TrainSettings(target.path, (), Path(), method, DEFAULT_WEIGHTS[method], draft_vocab=draft_vocab)
     return new_head(target, options, examples)[0]
-
-
-def test_mask_of_unrolled_steps_is_the_drawn_one() -> None:
-    drawn = """
-        x . .  x . .  x . .
-        x x .  . x .  . x .
-        x x x  . . x  . . x
-    """
-    expected = [[c == "x" for c in line.split()] for line in drawn.strip().splitlines()]
-    assert unrolled_mask(3, 2).tolist() == expected
-    assert unrolled_mask(3, 0).tolist() == [row[:3] for row in expected]
 
 
 class ChainMemory(Memory):
@@ -338,7 +328,7 @@ def test_every_position_of_a_step_counts_alike(target_path: Path, data: Path, tm
 
 
 def test_training_goes_on_from_another_head(target_path: Path, data: Path, tmp_path: Path) -> None:
-    first = settings(target_path, data, tmp_path / "first", draft_vocab=32000)
+    first = settings(target_path, data, tmp_path / "first")
     train(first, progress=False)
     card = train(replace(first, out=tmp_path / "second", init=tmp_path / "first", lr=1e-9), progress=False)
     assert card["facts"]["init"] == str(tmp_path / "first")
@@ -346,7 +336,7 @@ def test_training_goes_on_from_another_head(target_path: Path, data: Path, tmp_p
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="is a head of --method eagle, not eagle3"):
-        train(settings(target_path, data, tmp_path / "third", "eagle3", init=tmp_path / "first", draft_vocab=32000), progress=False)
+        train(settings(target_path, data, tmp_path / "third", "eagle3", init=tmp_path / "first", draft_vocab=None), progress=False)
 
 
 @exhaustive

@@ -39,6 +39,7 @@ class TreeConfig:
         bool,
         "draft as deep and verify as many nodes as pay on this machine under this load, down to none; `false`: as many as allowed",
     ] = True
+    draft_vocab: Annotated[bool, "draft the tokens of the head's `draft_vocab.json` only, if it has one; `false`: any token"] = True
     show_text: Annotated[bool, "let the `/eagle` page show the text of the last drafted trees"] = False
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class TreeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is not possible; set {name} to an integer from {low} to {high}")
-        for name in ("coupled", "budget", "show_text"):
+        for name in ("coupled", "budget", "draft_vocab", "show_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not possible; set {name} to true or false")
         if isinstance(self.confidence_scale, bool) or not isinstance(self.confidence_scale, int | float):

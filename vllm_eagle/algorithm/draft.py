@@ -53,9 +53,9 @@ class Request:
     topk: int = MAX_DRAFT_TOKENS  # most children per node, likewise; 1 drafts a chain
 
 
-RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, vocab] after each node of the level
+RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, draft_vocab] after each node of the level
 Pays = Callable[[np.ndarray], bool]  # scores [num_reqs, num_nodes] of the newest nodes that could be expanded -> whether to
-NoiseAt = Callable[[int], torch.Tensor]  # depth of the drafted token -> noise [num_reqs, vocab], zero for greedy requests
+NoiseAt = Callable[[int], torch.Tensor]  # depth of the drafted token -> noise [num_reqs, draft_vocab], zero for greedy requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +70,17 @@ class Limits:
 
 def grow(
     requests: list[Request],
-    root_logits: torch.Tensor,  # [num_reqs, vocab], the head's logits after the root
+    root_logits: torch.Tensor,  # [num_reqs, draft_vocab], the head's logits after the root
     run_head: RunHead,
     config: TreeConfig,
     noise_at: NoiseAt | None = None,  # None: uncoupled
     limits: Limits = Limits(),  # of dynamic trees
+    token_ids: torch.Tensor | None = None,  # [draft_vocab] int64, the token of each logit; None: the target's own numbers
 ) -> list[DraftTree]:
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     if not requests:
         return []
-    return _grown(requests, root_logits, run_head, config, noise_at, limits).trees()
+    return _grown(requests, root_logits, run_head, config, noise_at, limits, token_ids).trees()
 
 
 def _grown(
@@ -89,6 +90,7 @@ def _grown(
     config: TreeConfig,
     noise_at: NoiseAt | None,
     limits: Limits,
+    token_ids: torch.Tensor | None = None,
 ) -> "_Pool":
     """All drafted nodes; nothing of them has been read by the host if the width is fixed."""
     pool = _Pool(requests, config, root_logits.device)
@@ -97,7 +99,7 @@ def _grown(
     logits = root_logits[:, None]
     for depth in range(1, pool.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
-        chosen = frontier.grow(depth, confidences, tokens)
+        chosen = frontier.grow(depth, confidences, tokens if token_ids is None else token_ids[tokens])
         if chosen is None or depth == pool.depth_limit:
             break
         logits = run_head(pool.expand(depth, *chosen))
@@ -122,10 +124,12 @@ class _Ranker:
 
     def children(
         self,
-        logits: torch.Tensor,  # [num_reqs, width, vocab]
-        noise: torch.Tensor | None,  # [num_reqs, vocab]
+        logits: torch.Tensor,  # [num_reqs, width, draft_vocab]
+        noise: torch.Tensor | None,  # [num_reqs, draft_vocab]
         num_children: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # log confidences and token ids, [num_reqs, width, num_children], best first
+    ) -> tuple[
+        torch.Tensor, torch.Tensor
+    ]:  # log confidences and places in the draft vocabulary, [num_reqs, width, num_children], best first
         scaled = None if noise is None else noise / self._scale[:, None]
         if logits.device.type == "cpu" and native.runs():
             values, tokens = torch.ops.vllm_eagle.best_children(logits, self._factors, scaled, num_children)

@@ -35,14 +35,14 @@ def peek_seeds(generator: torch.Generator, num_positions: int) -> torch.Tensor: 
 
 def gumbel(
     seeds: torch.Tensor,  # [...] int64
-    vocab_size: int,
-) -> torch.Tensor:  # [..., vocab_size] float32
-    """The noise that vLLM's `fused_gumbel_argmax` adds to the logits of a row with this seed.
+    tokens: int | torch.Tensor,  # size of the vocabulary, or token ids [tokens] int64
+) -> torch.Tensor:  # [..., tokens] float32
+    """The noise that vLLM's `fused_gumbel_argmax` adds to the logits of these tokens in a row with this seed.
 
     Equals it up to float32 rounding; the drafter only ranks by it. Hash: SplitMix64 (Steele, Lea and Flood 2014).
     """
-    tokens = torch.arange(1, vocab_size + 1, device=seeds.device)
-    bits = _shift(_mix(_mix(seeds)[..., None] + tokens * _GAMMA), 11)
+    token_ids = torch.arange(tokens, device=seeds.device) if isinstance(tokens, int) else tokens
+    bits = _shift(_mix(_mix(seeds)[..., None] + (token_ids + 1) * _GAMMA), 11)
     uniform = (bits.double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform)).float()
 

@@ -11,6 +11,8 @@ from vllm.logger import init_logger
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import CUDA_BACKENDS
+from vllm_eagle.engine.draft_vocab import named_tokens
+from vllm_eagle.heads.draft_vocab import FILE
 from vllm_eagle.heads.formats import in_vllms_order
 from vllm_eagle.options.devices import V2_RUNNER
 
@@ -184,6 +186,21 @@ def _vocabulary(config: VllmConfig) -> str | None:
         f"head: {head.model} has a vocabulary of {head.get_vocab_size()}, {target.model} one of {target.get_vocab_size()}; "
         "set speculative_config.model to a head trained for this target"
     )
+
+
+@_refused("draft vocabularies of another target", "drafting takes rows of the target's LM head")
+def _draft_vocabulary(config: VllmConfig) -> str | None:
+    spec, options = config.speculative_config, config.additional_config.get(CONFIG_KEY, {})
+    if spec.draft_model_config is None or not options.get("draft_vocab", True):
+        return None
+    try:
+        named_tokens(config)
+    except ValueError as error:
+        return (
+            f"head: {spec.draft_model_config.model}/{FILE}: {error}; remove the file, make it anew with `vllm-eagle draft-vocab`, "
+            "or set draft_vocab to false"
+        )
+    return None
 
 
 @_refused("EAGLE-3 heads that name impossible layers", "three different layers of the target are read")

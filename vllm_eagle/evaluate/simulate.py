@@ -101,14 +101,16 @@ class _Batch:
         keys, values = self._trunk.first
         run_head = _Levels(self._head, keys[index], values[index], rows, self._hidden[index, rows])
         noise = self._noise(chosen, roots) if self._temperature > 0 and self._config.coupled else None
-        return grow(requests, run_head.logits(self._ready[index, rows]), run_head, self._config, noise)
+        root_logits, ids = self._head.logits(self._ready[index, rows]).float(), self._head.target_ids
+        return grow(requests, root_logits, run_head, self._config, noise, token_ids=ids)
 
     def _noise(self, chosen: list[int], roots: list[int]) -> NoiseAt:
-        vocab_size = self._head.config.vocab_size
+        ids = self._head.target_ids
+        tokens = self._head.config.vocab_size if ids is None else ids
 
         def noise_at(depth: int) -> torch.Tensor:
             seeds = [self._texts[i].seed_at(root + depth) for i, root in zip(chosen, roots, strict=True)]
-            return gumbel(torch.tensor(seeds, device=self._hidden.device), vocab_size)
+            return gumbel(torch.tensor(seeds, device=self._hidden.device), tokens)
 
         return noise_at
 
@@ -136,19 +138,9 @@ class _Levels(Memory):
         parents = level.parent_rows[:, :, None].expand(-1, -1, self._hidden.shape[2])
         positions = (self._rows + level.depth)[:, None].expand(-1, width)
         self._hidden, ready = self._head(level.token_ids, self._hidden.gather(1, parents), positions, self)
-        return self.logits(ready)
+        return self._head.logits(ready).float()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self._keys, self._values = torch.cat([self._keys, key], 2), torch.cat([self._values, value], 2)
         query = query.to(value.dtype)
         return F.scaled_dot_product_attention(query, self._keys, self._values, attn_mask=self._mask, enable_gqa=True)
-
-    def logits(self, ready: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] -> [..., vocab]; tokens outside a reduced draft vocabulary get minus infinity."""
-        logits = self._head.logits(ready).float()
-        ids = self._head.target_ids
-        if ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self._head.config.vocab_size), float("-inf"))
-        full[..., ids] = logits
-        return full

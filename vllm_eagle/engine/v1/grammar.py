@@ -160,14 +160,21 @@ class DraftConstraints:
     ):
         self._grammars = grammars
         self._mask = mask
+        self._token_ids: np.ndarray | None = None
         self._paths: dict[int, list[list[int]]] = {place: [[]] for place in grammars}  # tokens from the root to each row
 
+    def over(self, token_ids: torch.Tensor | None) -> "DraftConstraints":
+        """For logits of these tokens [draft_vocab] int64; None: of the target's vocabulary."""
+        if self._grammars and token_ids is not None:
+            self._token_ids = token_ids.cpu().numpy()
+        return self
+
     def root(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [num_drafting, vocab] after the roots."""
+        """Logits [num_drafting, draft_vocab] after the roots."""
         return self._apply(logits[:, None])[:, 0] if self._grammars else logits
 
     def level(self, level: Level, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [num_drafting, width, vocab] after the nodes of a level."""
+        """Logits [num_drafting, width, draft_vocab] after the nodes of a level."""
         if not self._grammars:
             return logits
         for place, paths in self._paths.items():
@@ -181,7 +188,7 @@ class DraftConstraints:
         for place, grammar in self._grammars.items():
             for row, path in enumerate(self._paths[place]):
                 if (found := self._mask_after(grammar, path)) is not None:
-                    masks[place * width + row] = found
+                    masks[place * width + row] = found if self._token_ids is None else _of_tokens(found, self._token_ids)
         flat = logits.flatten(0, 1)
         return apply_masks(flat, masks).view(logits.shape)
 
@@ -194,6 +201,13 @@ class DraftConstraints:
         found = self._mask(grammar)
         grammar.rollback(len(path))
         return found
+
+
+def _of_tokens(mask: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """A mask [vocab / 32] int32 for logits of these tokens [draft_vocab]: [draft_vocab / 32] int32."""
+    allowed = (mask[token_ids // 32] >> (token_ids % 32)) & 1
+    padded = np.pad(allowed.astype(np.uint8), (0, -len(allowed) % 32))
+    return np.packbits(padded, bitorder="little").view(np.int32)
 
 
 def apply_masks(logits: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:

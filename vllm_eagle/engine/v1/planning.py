@@ -74,7 +74,7 @@ class DraftPlanning(GPUModelRunner):
 
         def head_pass(num_tokens: int) -> None:
             self.drafter.dummy_run(num_tokens)
-            self.drafter.model.compute_logits(self.drafter.hidden_states[:num_tokens])
+            self.drafter.logits(self.drafter.hidden_states[:num_tokens])
             self._sync_device()
 
         self.drafter.measuring_target = True

@@ -25,6 +25,7 @@ from vllm_eagle.algorithm.noise import draws_seeds, gumbel, peek_seeds
 from vllm_eagle.algorithm.noise_rows import NoiseRows
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.attention.levels import DraftLevels
+from vllm_eagle.engine.draft_vocab import DraftLogits, named_tokens
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.v1.backlog import Backlog
 from vllm_eagle.engine.v1.first_pass import FirstPass, passes
@@ -85,6 +86,7 @@ class EagleTreeProposer(EagleProposer):
             layer = owner._modules.get(name)
             if isinstance(layer, BaseLayerWithLoRA):
                 owner.add_module(name, layer.base_layer)
+        self.logits = DraftLogits(self.model, named_tokens(self.vllm_config) if self._config.draft_vocab else None, self.device)
 
     def prepare_inputs(
         self,
@@ -158,14 +160,15 @@ class EagleTreeProposer(EagleProposer):
             levels = self._levels(common.block_table_tensor[chosen], common.seq_lens[chosen].long(), common.max_seq_len)
             level_pass = _LevelPass(self, levels, hidden[rows], self.positions[rows])
             filters = Filters(sampling_metadata, chosen)
-            constraints = self._constraints(list(step.requests))
+            constraints = self._constraints(list(step.requests)).over(self.logits.token_ids)
             trees = grow(
                 list(step.requests.values()),
-                filters(constraints.root(self.model.compute_logits(last_hidden[rows]))),
+                filters(constraints.root(self.logits(last_hidden[rows]))),
                 lambda level: filters(constraints.level(level, level_pass(level))),
                 self._config,
                 self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
                 step.limits,
+                self.logits.token_ids,
             )
             if level_pass.started_s is not None:
                 self.levels_s = time.perf_counter() - level_pass.started_s
@@ -220,26 +223,29 @@ class EagleTreeProposer(EagleProposer):
         if not sampled:
             return None
         generators = [metadata.generators[row] for row, request in requests.items() if request.temperature > 0]
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
-        coming = self._coming_noise(generators, vocab_size)
+        token_ids = self.logits.token_ids
+        width = self.vllm_config.model_config.get_vocab_size() if token_ids is None else len(token_ids)
+        coming = self._coming_noise(generators, token_ids)
         places = async_tensor_h2d(sampled, device=self.device)
 
         def noise_at(depth: int) -> torch.Tensor:
-            noise = torch.zeros(len(requests), vocab_size, device=self.device)
+            noise = torch.zeros(len(requests), width, device=self.device)
             noise[places] = coming(depth)
             return noise
 
         return noise_at
 
-    def _coming_noise(self, generators: Sequence[torch.Generator], vocab_size: int) -> NoiseAt:
-        """Noise [len(generators), vocab_size] that vLLM's sampler will draw: seeds of a hash on CPU, else rows of noise.
+    def _coming_noise(self, generators: Sequence[torch.Generator], token_ids: torch.Tensor | None) -> NoiseAt:
+        """Noise [len(generators), draft_vocab] that vLLM's sampler will draw: seeds of a hash on CPU, else rows of noise.
 
         With `use_fp64_gumbel` its rows are in float64, and on CPU, too, it draws rows.
         """
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
         if not draws_seeds(self.device, self.use_fp64_gumbel):
-            return NoiseRows(generators, vocab_size, torch.float64 if self.use_fp64_gumbel else torch.float32).at
+            rows = NoiseRows(generators, vocab_size, torch.float64 if self.use_fp64_gumbel else torch.float32)
+            return lambda depth: rows.at(depth) if token_ids is None else rows.at(depth)[:, token_ids]
         seeds = torch.stack([peek_seeds(generator, self._config.depth_limit) for generator in generators])
-        return lambda depth: gumbel(seeds[:, depth - 1], vocab_size)
+        return lambda depth: gumbel(seeds[:, depth - 1], vocab_size if token_ids is None else token_ids)
 
     @torch.inference_mode()
     def dummy_run(
@@ -301,4 +307,4 @@ class _LevelPass:
         ):
             last_hidden, hidden = proposer.model(**model_inputs)
         self._hidden = hidden[:rows].view(num_reqs, width, -1)
-        return proposer.model.compute_logits(last_hidden[:rows]).view(num_reqs, width, -1)
+        return proposer.logits(last_hidden[:rows]).view(num_reqs, width, -1)

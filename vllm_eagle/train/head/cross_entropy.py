@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+_BLOCK = 128  # scores of which the largest is found first
 _CHUNK = 1 << 24  # scores at a time: 64 MB in float32; four or five such tensors are alive
 
 
@@ -49,8 +50,15 @@ def likeliest(truth: torch.Tensor, target_weight: torch.Tensor) -> torch.Tensor:
     """The target's likeliest token after each of its features [positions, hidden]: [positions] int64."""
     found = torch.empty(len(truth), dtype=torch.int64, device=truth.device)
     for rows in _chunks(len(truth), len(target_weight)):
-        found[rows] = (truth[rows] @ target_weight.T).argmax(-1)
+        found[rows] = _argmax(truth[rows] @ target_weight.T)
     return found
+
+
+def _argmax(scores: torch.Tensor) -> torch.Tensor:
+    """Of [positions, vocab] over the vocabulary. torch's own goes number by number on CPUs, its maximum does not."""
+    blocks = scores.unflatten(-1, (-1, _BLOCK)) if scores.shape[-1] % _BLOCK == 0 else scores[:, None]
+    block = blocks.amax(-1).argmax(-1)
+    return block * blocks.shape[-1] + blocks[torch.arange(len(scores), device=scores.device), block].argmax(-1)
 
 
 def _chunks(num_positions: int, vocab: int) -> Iterator[slice]:
@@ -83,14 +91,14 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(truth.device.type, enabled=False):
             for rows in _chunks(num_positions, vocab):
                 probs = (truth[rows].to(dtype) @ theirs.T).float()
-                best[rows] = probs.argmax(-1)
+                best[rows] = _argmax(probs)
                 probs.sub_(probs.gather(1, best[rows, None])).exp_()
                 probs.div_(probs.sum(-1, keepdim=True))
                 for step in range(num_steps):
                     place = step % len(ours)
                     own = predicted[step][rows].to(dtype)
                     scores = (own @ ours[place].T).float()
-                    drafts[step, rows] = scores.argmax(-1)
+                    drafts[step, rows] = _argmax(scores)
                     scores.sub_(scores.gather(1, drafts[step, rows, None]))
                     expected = torch.bmm(probs[:, None], scores[:, :, None])[:, 0, 0]
                     total, weight = scores.exp_().sum(-1), weights[step, rows]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from vllm_eagle.heads import checkpoint
+from vllm_eagle.heads import checkpoint, draft_vocab
 from vllm_eagle.heads.check import Target, misfits, problems
 from vllm_eagle.heads.convert import needed_tensors
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, read_head
@@ -57,6 +57,10 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
         weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in weights.items()}
         weights.setdefault("lm_head.weight", target.lm_head.weight)  # a whole vocabulary may leave it to the target
     head.load_state_dict(weights)
+    if isinstance(head, EagleHead):
+        ids = draft_vocab.read(path, target.config.vocab_size)
+        if ids is not None:
+            head.limit_to(torch.tensor(ids))
     return head
 
 
@@ -111,3 +115,5 @@ def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> Non
     }
     (out / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))  # save_file makes it private
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if isinstance(head, EagleHead) and head.target_ids is not None:
+        draft_vocab.write(out, head.target_ids.tolist(), head.config.vocab_size)

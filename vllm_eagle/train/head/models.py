@@ -89,6 +89,18 @@ class EagleHead(Head):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=bool(getattr(config, "fc_bias", False)))
         self.layers = nn.ModuleList([_EagleLayer(config)])
         self._lm_head: tuple[Any] = (lm_head,)
+        self._draft_ids: torch.Tensor | None = None
+        self._draft_rows: tuple[Any] = (lm_head.weight,)
+
+    @property
+    def target_ids(self) -> torch.Tensor | None:
+        return self._draft_ids
+
+    def limit_to(self, draft_ids: torch.Tensor) -> None:
+        """Draft the tokens `draft_ids` [draft_vocab] int64 only, by their rows of the target's LM head."""
+        weight = self._lm_head[0].weight
+        self._draft_ids = draft_ids.to(weight.device)
+        self._draft_rows = (weight[self._draft_ids],)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         return features
@@ -103,10 +115,11 @@ class EagleHead(Head):
 
     @property
     def lm_head_weights(self) -> list[torch.Tensor]:
-        return [self._lm_head[0].weight]
+        return list(self._draft_rows)
 
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
-        return self._lm_head[0](ready.to(self._lm_head[0].weight.dtype))
+        (rows,) = self._draft_rows
+        return ready.to(rows.dtype) @ rows.T
 
 
 class _Eagle3Layer(nn.Module):

@@ -45,7 +45,8 @@ class Outcome:
 
     loss: torch.Tensor  # scalar, what is minimised
     step_losses: torch.Tensor  # [steps], its parts, weighed
-    num_agreed: torch.Tensor  # [steps] int64, positions where head and target agree on the most likely token
+    # [steps] int64, positions where head and target agree on the most likely token; while training, on that of the draft vocabulary
+    num_agreed: torch.Tensor
     num_positions: torch.Tensor  # [steps] int64
 
 
@@ -58,7 +59,12 @@ class Objective(nn.Module):
             raise ValueError("the target's LM head has a bias, which the loss does not know; targets like Llama and Qwen have none")
         self.head = head
         self.weights = weights
-        self._lm_head: tuple[Any] = (lm_head,)  # the target's; unregistered, see Head
+        weight: Any = lm_head.weight
+        ids = head.target_ids
+        # The target's, unregistered, see Head: whole, its rows of the tokens that the head can draft, and which these are.
+        self._lm_head: tuple[Any] = (weight,)
+        self._draft_rows: tuple[Any] = (weight if ids is None else weight[ids.to(weight.device)],)
+        self._draftable: tuple[Any] = (None if ids is None else _marked(ids.to(weight.device), len(weight)),)
 
     def forward(
         self,
@@ -76,14 +82,12 @@ class Objective(nn.Module):
         emitted[:, 0] = False
         rows, places = emitted.nonzero(as_tuple=True)
         truth = features.last[rows, places]
-        lm_head = self._lm_head[0].weight
+        (lm_head,), (draft_rows,), (draftable,) = self._lm_head, self._draft_rows, self._draftable
         learnable, best = torch.ones_like(rows, dtype=torch.bool), None
-        if self.head.target_ids is not None:
-            # The target's distribution says something where its likeliest token can be drafted.
-            best = likeliest(truth, lm_head)
-            draftable = torch.zeros(len(lm_head), dtype=torch.bool, device=rows.device)
-            draftable[self.head.target_ids] = True
-            learnable, lm_head = draftable[best], lm_head[self.head.target_ids]
+        if draftable is not None:
+            # The target's distribution over the draft vocabulary says something where the token that it chose belongs to it.
+            learnable = draftable[token_ids[rows, places + 1]]
+            best = None if self.training else likeliest(truth, lm_head)  # a product with the whole vocabulary
         # Every parameter takes part even in a batch without positions, so that data-parallel processes stay in step.
         loss = 0.0 * torch.stack([p.sum() for p in self.head.parameters()]).sum()
         predicted, chosen, regressions = [], [], []
@@ -99,8 +103,17 @@ class Objective(nn.Module):
         usable = counts & learnable
         scales = weights.classification * weights.step_decay ** torch.arange(len(chosen), device=rows.device)
         per_position = usable * (scales / usable.sum(1).clamp(min=1))[:, None]
-        found = cross_entropy(truth, lm_head, predicted, self.head.lm_head_weights, per_position)
-        drafts = found.drafts if self.head.target_ids is None else self.head.target_ids[found.drafts]
-        agreed = (drafts == (found.likeliest if best is None else best)) & counts
+        found = cross_entropy(truth, draft_rows, predicted, self.head.lm_head_weights, per_position)
+        if best is None:
+            agreed = (found.drafts == found.likeliest) & counts & learnable
+        else:
+            ids = self.head.target_ids
+            agreed = ((found.drafts if ids is None else ids[found.drafts]) == best) & counts
         parts = torch.stack(regressions) if regressions else torch.zeros_like(found.step_losses)
         return Outcome(loss + found.loss + parts.sum(), found.step_losses + parts.detach(), agreed.sum(1), counts.sum(1))
+
+
+def _marked(ids: torch.Tensor, size: int) -> torch.Tensor:
+    marks = torch.zeros(size, dtype=torch.bool, device=ids.device)
+    marks[ids] = True
+    return marks

@@ -22,13 +22,6 @@ from vllm_eagle.train.head.medusa import MedusaHead
 from vllm_eagle.train.head.models import Head
 
 
-def unrolled_mask(length: int, step: int, device: torch.device | None = None) -> torch.Tensor:
-    """[length, (step + 1) * length] bool, true where a row of unrolled step `step` sees a key; step 0 is causal."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    own = torch.eye(length, dtype=torch.bool, device=device)
-    return torch.cat([causal, *[own] * step], dim=1)
-
-
 class UnrolledMemory(Memory):
     """Keys and values of the first pass and of every unrolled step so far."""
 
@@ -48,11 +41,15 @@ class UnrolledMemory(Memory):
         query = query.to(value.dtype)
         if step == 0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        mask = unrolled_mask(query.shape[2], step, query.device)
-        # On CUDA the memory-efficient kernel takes a mask but no grouped heads, the flash kernel groups but no mask.
-        groups = query.shape[1] // key.shape[1]
-        keys, values = (torch.cat(x, 2).repeat_interleave(groups, 1) for x in (self._keys, self._values))
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        query = query.unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # heads in groups that share keys
+        causal = torch.ones(query.shape[3], query.shape[3], dtype=torch.bool, device=query.device).tril()
+        texts = (query @ self._keys[0][:, :, None].transpose(-1, -2)).masked_fill(~causal, -torch.inf)
+        own = [(query * own[:, :, None]).sum(-1, keepdim=True) for own in self._keys[1:]]
+        weights = torch.cat([texts, *own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        attended = weights[..., : causal.shape[0]] @ self._values[0][:, :, None]
+        for row, own_value in enumerate(self._values[1:], start=causal.shape[0]):
+            attended = attended + weights[..., row : row + 1] * own_value[:, :, None]
+        return attended.flatten(1, 2)
 
 
 def unroll(

@@ -1,4 +1,4 @@
-"""EAGLE-3's reduced draft vocabulary: the tokens that occur most often in the answers, and the maps between both numberings."""
+"""A head's reduced draft vocabulary: the tokens that occur most often in the answers, and the maps between both numberings."""
 
 from collections.abc import Iterable
 

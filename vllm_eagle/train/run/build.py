@@ -11,18 +11,25 @@ from vllm_eagle.train.head.models import Eagle3Head, EagleHead, Head, aux_layers
 from vllm_eagle.train.head.vocabulary import count_tokens, coverage, draft_vocabulary
 from vllm_eagle.train.run.settings import TrainSettings
 
+EAGLE3_DRAFT_VOCAB = 32000  # the authors'
+
 
 def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[Example]) -> tuple[Head, dict[str, Any]]:
-    """A head to be trained, and what the run card should say about it. `examples` choose EAGLE-3's draft vocabulary."""
-    if settings.method == "eagle":
-        return EagleHead(head_config(target.config), target.embed, target.lm_head), {}
+    """A head to be trained, and what the run card should say about it. `examples` choose the draft vocabulary."""
     if settings.method == "medusa":
         return MedusaHead(head_config(target.config), target.embed, target.lm_head, settings.loss.num_steps), {}
-    layers = chosen_aux_layers(target.config, settings)
-    size = min(settings.draft_vocab, target.config.vocab_size)
-    head = Eagle3Head(head_config(target.config, size, layers), target.embed)
-    counts = count_tokens(((e.token_ids, e.loss_mask) for e in examples), target.config.vocab_size)
+    vocab_size = target.config.vocab_size
+    size = min(settings.draft_vocab or (EAGLE3_DRAFT_VOCAB if settings.method == "eagle3" else vocab_size), vocab_size)
+    counts = count_tokens(((e.token_ids, e.loss_mask) for e in examples), vocab_size)
     d2t, t2d = draft_vocabulary(counts, size)
+    facts = {"draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
+    if settings.method == "eagle":
+        plain = EagleHead(head_config(target.config), target.embed, target.lm_head)
+        if size < vocab_size:
+            plain.limit_to(t2d.nonzero()[:, 0])
+        return plain, facts
+    layers = chosen_aux_layers(target.config, settings)
+    head = Eagle3Head(head_config(target.config, size, layers), target.embed)
     if head.target_ids is not None:
         head.d2t.copy_(d2t)
         head.t2d.copy_(t2d)
@@ -30,7 +37,7 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     chosen = t2d.nonzero()[:, 0]
     head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen])
     head.norm.weight.data.copy_(target.decoder.norm.weight.data)
-    return head, {"aux_layers": layers, "draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
+    return head, {"aux_layers": layers} | facts
 
 
 def chosen_aux_layers(config: Any, settings: TrainSettings) -> list[int]:

@@ -33,7 +33,7 @@ class TrainSettings:
         accumulate: forward passes per optimizer step.
         max_length: tokens after which a dialogue is cut; capped at the positions that the target was made for.
         lr: highest learning rate; cosine decay to a hundredth after `warmup` steps.
-        draft_vocab: size of EAGLE-3's draft vocabulary; capped at the target's.
+        draft_vocab: size of the draft vocabulary, capped at the target's; None for 32,000 in EAGLE-3, the target's in EAGLE-1.
         aux_layers: EAGLE-3's target layers, low to high; None for the authors' choice.
         dtype: of the target and of the head's arithmetic; the head's weights train in float32.
         holdout: share of the examples that is kept for validation.
@@ -56,7 +56,7 @@ class TrainSettings:
     lr: float = 1e-4
     warmup: int = 50
     grad_clip: float = 0.5
-    draft_vocab: int = 32000
+    draft_vocab: int | None = None
     aux_layers: tuple[int, ...] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
@@ -79,7 +79,6 @@ class TrainSettings:
             "max_length",
             "lr",
             "grad_clip",
-            "draft_vocab",
             "log_every",
             "eval_every",
             "checkpoint_every",
@@ -89,6 +88,10 @@ class TrainSettings:
                 raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"--steps must be positive, got {self.steps}")
+        if self.draft_vocab is not None and self.draft_vocab < 1:
+            raise ValueError(f"--draft-vocab must be positive, got {self.draft_vocab}")
+        if self.draft_vocab is not None and self.method == "medusa":
+            raise ValueError("--draft-vocab is for EAGLE heads; Medusa's draft the whole vocabulary; remove it")
         if self.warmup < 0:
             raise ValueError(f"--warmup must not be negative, got {self.warmup}")
         if not 0 <= self.holdout <= 0.5:
@@ -101,7 +104,7 @@ class TrainSettings:
                 raise ValueError(f"{flag} must not be negative, got {value}")
         if not any(value for _, value in _loss_parts(loss)):
             raise ValueError("--regression-weight and --classification-weight are both 0, so nothing would be learnt; raise one")
-        if self.init is not None and (self.aux_layers is not None or self.draft_vocab != 32000):
+        if self.init is not None and (self.aux_layers is not None or self.draft_vocab is not None):
             raise ValueError("--init brings its own --aux-layers and --draft-vocab; remove them")
         if self.aux_layers is not None and self.method != "eagle3":
             raise ValueError(f"--aux-layers is for --method eagle3, this is {self.method}; remove it")
