@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.cli import main
 from vllm_eagle.evaluate import calibration
 from vllm_eagle.evaluate.accuracy import Accuracy, _count
-from vllm_eagle.evaluate.command import EvalSettings, evaluate
+from vllm_eagle.evaluate.command import EvalSettings, evaluate, kind_table
 from vllm_eagle.evaluate.simulate import Replay, _Levels, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.heads.checkpoint import tensor_names
@@ -64,6 +65,52 @@ def test_tau_is_what_vllm_measures(tmp_path: Path, head: Path, temperature: floa
     assert found["tau"] > 2.5  # and not because nothing was accepted
     assert json.loads((tmp_path / "eval.json").read_text())["trees"]["tree16"]["tau"] == found["tau"]
     assert (tmp_path / "reliability.png").stat().st_size > 5_000
+
+
+def test_kinds_are_what_they_are_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And all of them together are what the same rows are without kinds."""
+    rows = [{"prompt": text} for text in ("What is 3 + 4?", "def add(a, b):", "Name five rivers.", "for i in range(", "Hello,")]
+    kinds = ("math", "code", None, "code", "math")
+
+    def measured(name: str, chosen: list[dict[str, str]]) -> dict[str, Any]:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        return evaluate(replace(SETTINGS, prompts=path, limit=None, max_tokens=24, num_draft_tokens=(4, 8)))
+
+    told = [row if kind is None else row | {"kind": kind} for row, kind in zip(rows, kinds, strict=True)]
+    result, untold = measured("told.jsonl", told), measured("untold.jsonl", rows)
+    apart = result.pop("by_kind")
+    assert result["prompts"] == 5
+    assert "by_kind" not in untold
+    assert_alike(result, untold)
+    assert list(apart) == ["math", "code"]
+    for kind, found in apart.items():
+        alone = measured(f"{kind}.jsonl", [row for row, other in zip(rows, kinds, strict=True) if other == kind])
+        assert found["prompts"] == 2
+        assert_alike(found, {name: value for name, value in alone.items() if name in found}, "calibration")
+    table = kind_table(result | {"by_kind": apart}).splitlines()
+    assert table[0].split() == ["kind", "prompts", "alpha", "0", "1", "2", "3", "4", "tau", "tree4", "tau", "tree8"]
+    assert table[2].split()[:3] == ["code", "2", f"{apart['code']['alpha_teacher_forced'][0]:.3f}"]
+    assert table[2].split()[-1] == f"{apart['code']['trees']['tree8']['tau']:.2f}"
+    assert len(set(map(len, table))) == 1
+    options = ["--max-tokens", "8", "--num-draft-tokens", "4"]
+    assert main(["eval", "--prompts", str(tmp_path / "told.jsonl"), *options]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["kind", "math", "code"]
+    assert json.loads(last)["by_kind"].keys() == apart.keys()
+
+
+def assert_alike(one: Any, other: Any, *left_out: str) -> None:
+    """Figures within the rounding of batches of other sizes."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys() - set(left_out)
+        for name, value in one.items():
+            assert_alike(value, other[name], *left_out)
+    elif isinstance(one, list):
+        for value, its in zip(one, other, strict=True):
+            assert_alike(value, its, *left_out)
+    else:
+        assert one == (pytest.approx(other, abs=2e-4) if isinstance(other, float) else other)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3", "eagle3_norms"])

@@ -2,16 +2,19 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_eagle.bench.engines.offline import encode_prompts
+from vllm_eagle.bench.engines.offline import BUILT_IN_PROMPTS, encode_prompts, encode_with_kinds, places_by_kind
 from vllm_eagle.pair import TARGET
-from vllm_eagle.train.data.prompts import read_prompts
+from vllm_eagle.train.data.prompts import Prompt, read_prompts
+from vllm_eagle.train.data.rows import Message
 
+SIX_KINDS = BUILT_IN_PROMPTS.with_name("six_kinds.jsonl")
 QUESTION = [{"role": "user", "content": "a?"}]
 BRIEF = [{"role": "system", "content": "Be brief."}, *QUESTION]
 
@@ -39,7 +42,7 @@ def write(folder: Path, *rows: Any, name: str = "prompts.jsonl") -> Path:
     ],
 )
 def test_what_a_row_asks(tmp_path: Path, row: dict[str, Any], prompt: Any) -> None:
-    assert list(read_prompts(write(tmp_path, row, "", row))) == [prompt or row["messages"]] * 2
+    assert list(read_prompts(write(tmp_path, row, "", row))) == [Prompt(prompt or row["messages"])] * 2
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:
@@ -49,7 +52,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     array = write(tmp_path, json.dumps(rows, indent=1), name="array.json")
     for path in (lines, packed, array, write(tmp_path, *rows, name="lines.json")):
-        assert list(read_prompts(path)) == [QUESTION, "a"], path
+        assert list(read_prompts(path)) == [Prompt(QUESTION), Prompt("a")], path
 
 
 def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
@@ -57,6 +60,38 @@ def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
     asked, written = encode_prompts(str(TARGET), write(tmp_path, {"question_id": 81, "turns": ["a?", "b?"]}, {"prompt": "a?"}))
     assert tokenizer.decode(asked) == "<s><|user|>\na?</s><|assistant|>\n"
     assert tokenizer.decode(written) == tokenizer.decode(tokenizer("a?")["input_ids"])
+
+
+def test_kinds_stand_beside_their_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path, {"kind": "math", "prompt": "1 + 1 ="}, {"prompt": "a"}, {"messages": QUESTION, "kind": "chat"})
+    assert list(read_prompts(path)) == [Prompt("1 + 1 =", "math"), Prompt("a"), Prompt(QUESTION, "chat")]
+    prompts, kinds = encode_with_kinds(str(TARGET), path)
+    assert kinds == ["math", None, "chat"]
+    assert prompts == encode_prompts(str(TARGET), path)
+    assert encode_with_kinds(str(TARGET), path, 2) == (prompts[:2], kinds[:2])
+    assert places_by_kind(["b", None, "a", "b"]) == {"b": [0, 3], None: [1], "a": [2]}
+
+
+def test_six_kinds() -> None:
+    """They take turns, for `--limit`. Under 300 tokens each by the shipped tokenizer, which makes more of a text than most."""
+    prompts, kinds = encode_with_kinds(str(TARGET), SIX_KINDS)
+    assert Counter(kinds) == dict.fromkeys(("chat", "math", "code", "summary", "translation", "context"), 32)
+    assert all(len(set(kinds[first : first + 6])) == 6 for first in range(0, len(kinds), 6))
+    assert max(map(len, prompts)) < 300
+    asked = [messages_of(prompt) for prompt in read_prompts(SIX_KINDS)]
+    last = [" ".join(messages[-1]["content"].lower().split()) for messages in asked]
+    assert len(set(last)) == len(last) == 192
+    assert not set(last) & {
+        " ".join(messages_of(prompt)[-1]["content"].lower().split()) for prompt in read_prompts(BUILT_IN_PROMPTS)
+    }
+    roles = Counter(tuple(message["role"] for message in messages) for messages in asked)
+    assert roles.keys() == {("user",), ("system", "user")}
+    assert roles["system", "user"] <= 8
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    assert not isinstance(prompt.asked, str)
+    return prompt.asked
 
 
 @pytest.mark.parametrize(
@@ -79,6 +114,11 @@ def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
         ({"conversations": "a?"}, "the dialogue is no list of objects"),
         ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "A."}]}, "nothing is asked"),
         ({"prompt": None}, "non-string content (prompt)"),
+        ({"prompt": "a?", "kind": 7}, '"kind" is no text (7)'),
+        ({"prompt": "a?", "kind": None}, '"kind" is no text (None)'),
+        ({"messages": QUESTION, "kind": ["math"]}, "\"kind\" is no text (['math'])"),
+        ({"prompt": "a?", "kind": " "}, "\"kind\" is no text (' ')"),
+        ({"prompt": "a?", "kind": "\ud800"}, "invalid UTF-8 (kind: half a surrogate pair)"),
     ],
 )
 def test_a_row_without_a_prompt_ends_the_run(tmp_path: Path, row: Any, message: str) -> None:

@@ -11,6 +11,7 @@ T = TypeVar("T")
 PROMPTS = (
     'JSONL or JSON with "messages", "conversations", "turns" (MT-bench, Spec-Bench) or "prompt" (default: 64 built-in questions)'
 )
+BY_KIND = f'{PROMPTS}; rows with a "kind" are reported by kind, too'
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_real_target_arguments(parser: argparse.ArgumentParser) -> None:
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-eagle eval`."""
     _add_models(parser, "--target")
-    parser.add_argument("--prompts", type=Path, help=PROMPTS)
+    parser.add_argument("--prompts", type=Path, help=BY_KIND)
     parser.add_argument("--limit", type=int, help="use the first N prompts")
     parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
     parser.add_argument("--mode", choices=["dynamic", "static", "chain"], default="dynamic", help="(default %(default)s)")
@@ -54,7 +55,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-eagle compare`."""
     _add_models(parser)
-    parser.add_argument("--prompts", type=Path, help=PROMPTS)
+    parser.add_argument("--prompts", type=Path, help=BY_KIND)
     parser.add_argument("--limit", type=int, help="use the first N prompts")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")

@@ -40,6 +40,21 @@ class Accuracy:
     def __post_init__(self) -> None:
         self.forced, self.forced_tries, self.free, self.free_tries = ([0] * self.depth for _ in range(4))
 
+    def merge(self, other: "Accuracy") -> None:
+        """Add the counts of other texts."""
+        for mine, theirs in (
+            (self.forced, other.forced),
+            (self.forced_tries, other.forced_tries),
+            (self.free, other.free),
+            (self.free_tries, other.free_tries),
+            (self.tries_by_certainty, other.tries_by_certainty),
+            (self.hits_by_certainty, other.hits_by_certainty),
+        ):
+            mine[:] = map(sum, zip(mine, theirs, strict=True))
+        self.entropy += other.entropy
+        self.certainty += other.certainty
+        self.positions += other.positions
+
     def as_dict(self) -> dict[str, object]:
         """Rates, rounded."""
         rate = [round(a / max(1, b), 4) for a, b in zip(self.forced, self.forced_tries, strict=True)]

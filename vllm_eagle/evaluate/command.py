@@ -1,9 +1,8 @@
-"""`vllm-eagle eval`: alpha per depth, calibration, and the tau to expect of draft trees."""
+"""`vllm-eagle eval`: alpha per depth, calibration, and the tau to expect of draft trees; of all prompts, and of each kind."""
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import torch
 
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.bench.engines.offline import encode_prompts
+from vllm_eagle.bench.engines.offline import encode_with_kinds, places_by_kind
 from vllm_eagle.evaluate import calibration
-from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH, measure_accuracy
-from vllm_eagle.evaluate.simulate import Replay, replay
-from vllm_eagle.evaluate.texts import Read, read_texts, write_answers
+from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH
+from vllm_eagle.evaluate.measured import measure, nothing
+from vllm_eagle.evaluate.texts import write_answers
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head
 from vllm_eagle.train.head.medusa import MedusaHead
-from vllm_eagle.train.head.models import aux_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +69,7 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
     head = load_head(settings.head, target).to(target.device).eval()
     for parameter in head.parameters():  # not the buffers: rotary angles stay float32, as in vLLM
         parameter.data = parameter.data.to(target.dtype)
-    depth = head.max_steps or ALPHA_DEPTH
-    prompts = encode_prompts(settings.target, settings.prompts, settings.limit)
+    prompts, kinds = encode_with_kinds(settings.target, settings.prompts, settings.limit)
     margin = max([ALPHA_DEPTH, *(config.depth_limit for config in trees.values())]) + 1
     longest = max(map(len, prompts)) + settings.max_tokens + margin
     if longest > target.config.max_position_embeddings:
@@ -85,18 +82,26 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
         texts = write_answers(
             target, prompts, settings.max_tokens, margin, settings.temperature, settings.seed, settings.batch, bar.update
         )
-    aux = aux_layers(head.config)
-    batches = list(read_texts(target, texts, aux, settings.batch))
-    accuracy = measure_accuracy(target, head, batches, depth, settings.temperature)
-    result: dict[str, Any] = {"prompts": len(prompts), "tokens": sum(text.num_answer for text in texts)} | accuracy.as_dict()
-    if not isinstance(head, MedusaHead):  # whose tokens do not depend on each other: there is no tree of features to grow
-        with tqdm(desc="drafting", unit=" batches", total=len(trees) * len(batches), disable=not progress) as bar:
-            replays = {name: replay(head, _counted(batches, bar), config, settings.temperature) for name, config in trees.items()}
-        curves = {name: calibration.reliability(r.confidences, r.accepted) for name, r in replays.items()}
-        result["trees"] = {name: _tree_result(r) | {"calibration": curves[name].as_dict()} for name, r in replays.items()}
-        if settings.out is not None:
-            settings.out.mkdir(parents=True, exist_ok=True)
-            calibration.draw(curves, settings.out / "reliability.png")
+    groups = {kind: [texts[i] for i in places] for kind, places in places_by_kind(kinds).items()}
+    if isinstance(head, MedusaHead):  # whose tokens do not depend on each other: there is no tree of features to grow
+        trees = {}
+    whole, apart = nothing(head, trees), {}
+    num_batches = sum(-(-len(some) // settings.batch) for some in groups.values())
+    with tqdm(desc="drafting", unit=" batches", total=len(trees) * num_batches, disable=not progress or not trees) as bar:
+        for kind, some in groups.items():
+            part = measure(target, head, some, trees, settings.temperature, settings.batch, bar.update)
+            if kind is not None:
+                apart[kind] = part.as_dict()
+            whole.merge(part)
+    result = whole.as_dict()
+    if apart:
+        result["by_kind"] = apart
+    curves = {name: calibration.reliability(r.confidences, r.accepted) for name, r in whole.replays.items()}
+    for name, curve in curves.items():
+        result["trees"][name]["calibration"] = curve.as_dict()
+    if settings.out is not None and curves:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        calibration.draw(curves, settings.out / "reliability.png")
     names = ("temperature", "seed", "max_tokens", "dtype", "mode")
     result["settings"] = {"target": Path(settings.target).name, "head": settings.head.name} | {
         n: getattr(settings, n) for n in names
@@ -115,19 +120,20 @@ def alpha_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counted(batches: list[Read], bar: Any) -> Iterator[Read]:
-    for batch in batches:
-        yield batch
-        bar.update()
-
-
-def _tree_result(found: Replay) -> dict[str, Any]:
-    return {
-        "tau": round(found.tau, 4),
-        "tau_by_confidence": round(found.expected_tau, 4),
-        "steps": found.num_steps,
-        "nodes_per_step": round(found.num_nodes / max(1, found.num_steps), 2),
-    }
+def kind_table(result: dict[str, Any]) -> str:
+    """Teacher-forced alpha per depth and tau of each tree, one line per kind of prompts."""
+    kinds, trees = result["by_kind"], list(result.get("trees", {}))
+    width = max(20, *(len(kind) + 2 for kind in kinds))
+    depths = len(result["alpha_teacher_forced"])
+    titles = ["prompts", "alpha 0", *map(str, range(1, depths)), *(f"tau {name}" for name in trees)]
+    widths = [9] * (1 + depths) + [max(len(name) + 6, 9) for name in trees]
+    rows = [("kind", titles)]
+    for kind, found in kinds.items():
+        cells = [str(found["prompts"]), *(f"{alpha:.3f}" for alpha in found["alpha_teacher_forced"])]
+        rows.append((kind, cells + [f"{found['trees'][name]['tau']:.2f}" for name in trees]))
+    return "\n".join(
+        f"{name:<{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)) for name, cells in rows
+    )
 
 
 def run(args: argparse.Namespace, target: str, head: str) -> int:
@@ -164,5 +170,7 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
     for name, tree in result.get("trees", {}).items():
         print(f"{name:<20}tau {tree['tau']:.2f} ({tree['tau_by_confidence']:.2f} by the head's own confidence, "
               f"calibration error {tree['calibration']['error']:.3f})")  # fmt: skip
+    if "by_kind" in result:
+        print(kind_table(result))
     print(json.dumps(result))
     return 0

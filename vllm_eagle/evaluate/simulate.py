@@ -43,6 +43,15 @@ class Replay:
         """The same by the head's own confidence."""
         return 1 + self.expected / max(1, self.num_steps)
 
+    def merge(self, other: "Replay") -> None:
+        """Add what happened on other texts."""
+        self.num_steps += other.num_steps
+        self.num_accepted += other.num_accepted
+        self.num_nodes += other.num_nodes
+        self.expected += other.expected
+        self.confidences += other.confidences
+        self.accepted += other.accepted
+
     def add(self, tree: DraftTree, following: Sequence[int]) -> int:
         """Walk `tree` along the tokens that the target emits after the root; returns how many nodes were accepted."""
         # Where the text ends, -1 is no child's token.
@@ -60,6 +69,15 @@ class Replay:
                 self.confidences.append(float(torch.tensor(tree.scores[node] - tree.scores[parent]).exp()))
                 self.accepted.append(node in on_path)
         return len(path)
+
+    def as_dict(self) -> dict[str, object]:
+        """Means, rounded."""
+        return {
+            "tau": round(self.tau, 4),
+            "tau_by_confidence": round(self.expected_tau, 4),
+            "steps": self.num_steps,
+            "nodes_per_step": round(self.num_nodes / max(1, self.num_steps), 2),
+        }
 
 
 @torch.no_grad()

@@ -79,7 +79,12 @@ def timed_arguments(prompts: Sequence[list[int]], max_tokens: int, most: int, dt
 
 
 def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> list[list[int]]:
-    """Token ids of the prompts of a file (see train/data/prompts.py); chats through the model's template.
+    """As `encode_with_kinds`, the token ids alone."""
+    return encode_with_kinds(model, path, limit)[0]
+
+
+def encode_with_kinds(model: str, path: Path | None, limit: int | None = None) -> tuple[list[list[int]], list[str | None]]:
+    """Token ids and kinds of the prompts of a file (see train/data/prompts.py); chats through the model's template.
 
     Raises:
         ValueError: the file is missing, broken or empty.
@@ -87,16 +92,26 @@ def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> l
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}")
     tokenizer = load_tokenizer(model)
-    prompts = []
+    prompts: list[list[int]] = []
+    kinds: list[str | None] = []
     for prompt in read_prompts(path or BUILT_IN_PROMPTS):
-        if isinstance(prompt, str):
-            prompts.append(tokenizer(prompt)["input_ids"])
+        if isinstance(prompt.asked, str):
+            prompts.append(tokenizer(prompt.asked)["input_ids"])
         else:
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(prompt.asked, tokenize=False, add_generation_prompt=True)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        kinds.append(prompt.kind)
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
-    return prompts[:limit]
+    return prompts[:limit], kinds[:limit]
+
+
+def places_by_kind(kinds: Sequence[str | None]) -> dict[str | None, list[int]]:
+    """Which prompts are of each kind, in the order in which kinds first come."""
+    places: dict[str | None, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(i)
+    return places
 
 
 @contextlib.contextmanager
@@ -117,8 +132,28 @@ def generate(llm: "LLM", prompts: Sequence[list[int]], params: Sequence["Samplin
     start = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], [p.clone() for p in params], use_tqdm=False, **options)
     seconds = time.perf_counter() - start
-    drafts, accepted = (after - was for after, was in zip(_counters(llm), before, strict=True))
-    return generated(outputs, seconds, tau=1 + accepted / drafts if drafts else 1.0)
+    return generated(outputs, seconds, _tau(llm, before))
+
+
+def generate_by_kind(
+    llm: "LLM", prompts: Sequence[list[int]], params: Sequence["SamplingParams"], kinds: Sequence[str | None]
+) -> tuple[Generated, dict[str, Generated]]:
+    """As `generate`, one kind after the other, since vLLM counts no request apart: the whole, without latencies, and each kind.
+
+    Where there is one kind, or none, this is one call of `generate`.
+    """
+    places = places_by_kind(kinds)
+    before = _counters(llm)
+    parts = {kind: generate(llm, [prompts[i] for i in some], [params[i] for i in some]) for kind, some in places.items()}
+    by_kind = {kind: part for kind, part in parts.items() if kind is not None}
+    if len(parts) == 1:
+        return next(iter(parts.values())), by_kind
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    texts = [""] * len(prompts)
+    for kind, some in places.items():
+        for i, ids, text in zip(some, parts[kind].token_ids, parts[kind].texts, strict=True):
+            token_ids[i], texts[i] = ids, text
+    return Generated(token_ids, texts, sum(part.seconds for part in parts.values()), _tau(llm, before)), by_kind
 
 
 def generated(outputs: Sequence["RequestOutput"], seconds: float, tau: float) -> Generated:
@@ -134,6 +169,11 @@ def generated(outputs: Sequence["RequestOutput"], seconds: float, tau: float) ->
             for output in outputs
         ],
     )
+
+
+def _tau(llm: "LLM", before: tuple[float, float]) -> float:
+    drafts, accepted = (after - was for after, was in zip(_counters(llm), before, strict=True))
+    return 1 + accepted / drafts if drafts else 1.0
 
 
 def _counters(llm: "LLM") -> tuple[float, float]:

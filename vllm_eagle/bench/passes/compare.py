@@ -2,7 +2,8 @@
 
 Acceptance length is a property of models and algorithm, not of the machine, so every variant runs once. Tokens of our variants
 are compared with plain vLLM's; where they differ, the two tokens' scores are looked up in plain vLLM: in float32 no difference is
-expected, in bfloat16 two scores may be so close that rounding decides.
+expected, in bfloat16 two scores may be so close that rounding decides. Prompts that say their kind run kind by kind, and tau stands
+apart for each.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.bench.engines.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
-from vllm_eagle.bench.engines.offline import Generated, encode_prompts, engine, generate, prepare_environment
+from vllm_eagle.bench.engines.offline import Generated, encode_with_kinds, engine, generate_by_kind, prepare_environment
 from vllm_eagle.bench.passes.gaps import gaps
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def run(settings: Settings, json_path: Path | None) -> int:
     if settings.max_tokens < 1 or settings.temperature < 0:
         raise ValueError("--max-tokens must be at least 1 and --temperature at least 0")
     prepare_environment()
-    prompts = encode_prompts(settings.model, settings.prompts, settings.limit)
-    result = measure(settings, prompts, chosen)
+    prompts, kinds = encode_with_kinds(settings.model, settings.prompts, settings.limit)
+    result = measure(settings, prompts, chosen, kinds)
     line = json.dumps(result)
     if json_path is not None:
         json_path.write_text(line + "\n")
@@ -85,7 +86,12 @@ def run(settings: Settings, json_path: Path | None) -> int:
     return int(settings.dtype == "float32" and result["identical"] < result["prompts"])
 
 
-def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    prompts: list[list[int]],
+    chosen: dict[str, dict[str, Any]],
+    kinds: Sequence[str | None] | None = None,  # of the prompts
+) -> dict[str, Any]:
     """Run plain vLLM and the chosen variants; prints a table and returns what the JSON holds."""
     import torch
     import vllm
@@ -109,10 +115,15 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         SamplingParams(temperature=settings.temperature, seed=settings.seed + i, max_tokens=settings.max_tokens)
         for i in range(len(prompts))
     ]
+    kinds = [None] * len(prompts) if kinds is None else kinds
     with engine(settings.model, **common) as llm:
-        plain = generate(llm, prompts, params)
+        plain, plain_by_kind = generate_by_kind(llm, prompts, params, kinds)
+    by_kind: dict[str, dict[str, Any]] = {
+        kind: {"prompts": len(part.texts), "tokens": part.tokens, "tau": {}} for kind, part in plain_by_kind.items()
+    }
     print(f"{len(prompts)} prompts, {sum(map(len, plain.token_ids))} tokens, T={settings.temperature:g}, {settings.dtype}")
-    print(f"{'variant':<18}{'tau':>7}{'identical':>12}{'seconds':>10}")
+    titles = "".join(f"{kind:>{_width(kind)}}" for kind in by_kind)
+    print(f"{'variant':<18}{'tau':>7}{'identical':>12}{'seconds':>10}{titles}")
     print(f"{'plain':<18}{1.0:>7.2f}{'':>12}{plain.seconds:>10.1f}", flush=True)
     same_in_all = [True] * len(prompts)
     tau, seconds = {}, {"plain": round(plain.seconds, 2)}
@@ -124,10 +135,13 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         if gaps_by_name is None and name.startswith(NGRAM):
             gaps_by_name = _gaps(settings, common, prompts, params, plain, differing)
         with engine(settings.model, **common, **chosen[name]) as llm:
-            found = generate(llm, prompts, params)
+            found, parts = generate_by_kind(llm, prompts, params, kinds)
         same = [a == b for a, b in zip(plain.token_ids, found.token_ids, strict=True)]
-        print(f"{name:<18}{found.tau:>7.2f}{sum(same):>8}/{len(same)}{found.seconds:>10.1f}", flush=True)
+        taus = "".join(f"{part.tau:>{_width(kind)}.2f}" for kind, part in parts.items())
+        print(f"{name:<18}{found.tau:>7.2f}{f'{sum(same)}/{len(same)}':>12}{found.seconds:>10.1f}{taus}", flush=True)
         tau[name], seconds[name] = round(found.tau, 4), round(found.seconds, 2)
+        for kind, part in parts.items():
+            by_kind[kind]["tau"][name] = round(part.tau, 4)
         if not name.startswith("vllm_"):
             same_in_all = [a and b for a, b in zip(same_in_all, same, strict=True)]
             if not all(same):
@@ -136,6 +150,7 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         "prompts": len(prompts),
         "identical": sum(same_in_all),
         "tau": tau,
+        **({"by_kind": by_kind} if by_kind else {}),
         "seconds": seconds,
         "tokens": sum(map(len, plain.token_ids)),
         "gaps": _gaps(settings, common, prompts, params, plain, differing) if gaps_by_name is None else gaps_by_name,
@@ -150,6 +165,11 @@ def measure(settings: Settings, prompts: list[list[int]], chosen: dict[str, dict
         },
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def _width(kind: str) -> int:
+    """Of a kind's column."""
+    return max(len(kind) + 2, 7)
 
 
 def _gaps(

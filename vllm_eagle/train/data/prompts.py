@@ -5,10 +5,12 @@
     {"turns": ["...", "..."]}                                     question.jsonl of MT-bench and Spec-Bench, the first turn
     {"prompt": "..."}, {"text": "..."}                            plain text, to be continued
 
+Beside it a row may say which kind of question it is, `"kind": "..."`: `eval` and `compare` then report each kind apart.
 .jsonl files hold one row per line, .json files one array of rows (or lines, too); each may be gzipped.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,19 @@ from vllm_eagle.train.data.rows import ROLES, Message, RowError, parse_content, 
 ACCEPTED = '"messages", "conversations" (ShareGPT), "turns" (MT-bench), "prompt" or "text"'
 
 
-def read_prompts(path: Path) -> Iterator[str | list[Message]]:
-    """Texts, and dialogues that end where an answer is due. Unlike in training, one bad row ends the run.
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one row asks."""
+
+    asked: str | list[Message]  # a text, or a dialogue that ends where an answer is due
+    kind: str | None = None
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """What every row asks, in order. Unlike in training, one bad row ends the run.
 
     Raises:
-        ValueError: the file is missing, or a row holds no prompt; the message names file and line.
+        ValueError: the file is missing, or a row holds no prompt or a kind that is no text; the message names file and line.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -35,7 +45,7 @@ def read_prompts(path: Path) -> Iterator[str | list[Message]]:
         if not isinstance(raw, dict) or raw.keys().isdisjoint(("messages", "conversations", "turns", "prompt", "text")):
             raise ValueError(f"{path}, line {line}: a row needs {ACCEPTED}{_found(raw)}")
         try:
-            yield _prompt(raw)
+            yield Prompt(_asked(raw), _kind(raw))
         except RowError as error:
             detail = f" ({error.detail})" if error.detail else ""
             raise ValueError(f"{path}, line {line}: {error.reason}{detail}") from None
@@ -49,7 +59,16 @@ def _found(raw: Any) -> str:
     return f"; this one has {', '.join(map(str, raw))[:80] or 'nothing'}"
 
 
-def _prompt(row: dict[str, Any]) -> str | list[Message]:
+def _kind(row: dict[str, Any]) -> str | None:
+    if "kind" not in row:
+        return None
+    kind = row["kind"]
+    if not isinstance(kind, str) or not kind.strip():
+        raise RowError('"kind" is no text', f"{kind!r}"[:80])
+    return parse_content(kind, "kind")
+
+
+def _asked(row: dict[str, Any]) -> str | list[Message]:
     if "messages" in row:
         messages: list[Message] = row["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
