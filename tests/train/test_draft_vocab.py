@@ -105,3 +105,22 @@ def test_a_vocabulary_is_chosen_without_training(
 def test_medusa_has_none(target_path: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--draft-vocab is for EAGLE heads"):
         settings(target_path, data, tmp_path / "head", "medusa", draft_vocab=4)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"vocab_size": VOCAB + 1, "token_ids": [1]}, f"vocabulary of {VOCAB + 1}"),
+        ({"vocab_size": VOCAB, "token_ids": [2, 1]}, "should rise"),
+        ({"vocab_size": VOCAB, "token_ids": [VOCAB]}, f"from 0 to {VOCAB - 1}"),
+        ({"vocab_size": VOCAB, "token_ids": [True]}, f"from 0 to {VOCAB - 1}"),
+        ({"vocab_size": VOCAB, "token_ids": []}, "at least one"),
+        ([1, 2], "should hold"),
+        ("{", "draft_vocab.json: "),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_way_out(tmp_path: Path, found: object, words: str) -> None:
+    (tmp_path / draft_vocab.FILE).write_text(found if isinstance(found, str) else json.dumps(found))
+    with pytest.raises(ValueError, match=words) as error:
+        draft_vocab.read(tmp_path, VOCAB)
+    assert "vllm-eagle draft-vocab" in str(error.value)

@@ -206,7 +206,8 @@ class DraftConstraints:
 def _of_tokens(mask: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     """A mask [vocab / 32] int32 for logits of these tokens [draft_vocab]: [draft_vocab / 32] int32."""
     allowed = (mask[token_ids // 32] >> (token_ids % 32)) & 1
-    padded = np.pad(allowed.astype(np.uint8), (0, -len(allowed) % 32))
+    # Ones at the end: xgrammar writes to all that is forbidden, beyond the row's end, too.
+    padded = np.pad(allowed.astype(np.uint8), (0, -len(allowed) % 32), constant_values=1)
     return np.packbits(padded, bitorder="little").view(np.int32)
 
 
