@@ -40,7 +40,7 @@ ROOMS = {
     "bench": "",
     "bench/engines": "algorithm heads options train/data train/features vllm",
     "bench/passes": "algorithm bench/engines heads vllm",
-    "bench/heads": "bench/engines bench/passes evaluate train/features train/head train/run",
+    "bench/heads": "bench/engines bench/passes bench/speed evaluate heads train/features train/head train/run",
     "bench/recorded": "algorithm bench/engines budget heads pair vllm",
     "bench/speed": "attention bench/engines bench/recorded heads native ops vllm",
     "bench/soak": "bench/engines pair",

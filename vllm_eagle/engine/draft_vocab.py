@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -17,11 +16,9 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_eagle.heads import draft_vocab
 
-logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
-
-class DraftLogits:
-    """Computes logits of the head.
+class DraftLogits(torch.nn.Module):
+    """Computes logits of the head, whose own modules are not registered here.
 
     Args:
         model: vLLM's head, loaded, which shares embedding and LM head with the target by now.
@@ -32,8 +29,9 @@ class DraftLogits:
     """
 
     def __init__(self, model: Any, token_ids: list[int] | None, device: torch.device):
+        super().__init__()
         self.token_ids: torch.Tensor | None = None
-        self._model = model
+        self._model: tuple[Any] = (model,)
         self._rows: ReplicatedLinear | None = None
         offsets = getattr(model, "draft_id_to_target_id", None)
         if offsets is not None:
@@ -44,13 +42,14 @@ class DraftLogits:
             processor = model.logits_processor
             self._finish = LogitsProcessor(len(token_ids), None, processor.scale, logits_as_input=True, soft_cap=processor.soft_cap)
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, draft_vocab]."""
         if self._rows is not None:
             return self._finish(None, self._rows(hidden))
+        (model,) = self._model
         if self.token_ids is not None:
-            return self._model.logits_processor(self._model.lm_head, hidden)
-        return self._model.compute_logits(hidden)
+            return model.logits_processor(model.lm_head, hidden)
+        return model.compute_logits(hidden)
 
 
 def named_tokens(config: VllmConfig) -> list[int] | None:

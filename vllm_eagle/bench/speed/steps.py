@@ -62,12 +62,13 @@ class StepWatch:
 
     def _watch(self, worker: Any) -> None:
         runner = worker.model_runner
-        self._time("target", runner.get_model(), self._count)
+        target = runner.get_model()
+        self._time("target", target, target.logits_processor, self._count)
         if (drafter := getattr(runner, "drafter", None)) is not None:
-            self._time("head", drafter.model)
+            self._time("head", drafter.model, drafter.logits)
 
-    def _time(self, part: str, model: Any, saw: Callable[[Any], None] | None = None) -> None:
-        """A model's forward pass, whose output `saw` is given, and its logits, which vLLM asks for apart from it."""
+    def _time(self, part: str, model: Any, logits: Any, saw: Callable[[Any], None] | None = None) -> None:
+        """A model's forward pass, whose output `saw` is given, and its logits, which are asked for apart from it."""
         began_s = 0.0
 
         def begin(*_: Any) -> None:
@@ -79,7 +80,7 @@ class StepWatch:
             if saw is not None and module is model:
                 saw(output)
 
-        for module in (model, model.logits_processor):
+        for module in (model, logits):
             module.register_forward_pre_hook(begin)
             module.register_forward_hook(end)
 
