@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests.algorithm import reference
 from vllm_eagle import native
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.algorithm.draft import NEVER, Level, Limits, Request, _grown, _Ranker, grow
+from vllm_eagle.algorithm.draft import NEVER, Level, Limits, Request, _Ranker, grow, grow_pool
 from vllm_eagle.algorithm.noise import gumbel
 from vllm_eagle.algorithm.shapes import StaticShape, best_static_shape
 from vllm_eagle.algorithm.tree import DraftTree, inner_nodes
@@ -333,11 +333,11 @@ def test_growth_of_fixed_width_reads_nothing_that_was_drafted(mode: str) -> None
         def head(level: Level) -> torch.Tensor:
             return torch.zeros(*level.token_ids.shape, VOCAB)
 
-        pool = _grown(requests, logits, head, config, lambda depth: noise, limits)
+        pool = grow_pool(requests, logits, head, config, lambda depth: noise, limits)
         assert pool.tokens.shape[1] > 2
         if mode == "dynamic":
             with pytest.raises(DataDependentOutputException):
-                _grown(requests, logits, head, config, None, replace(limits, fixed_width=False))
+                grow_pool(requests, logits, head, config, None, replace(limits, fixed_width=False))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
@@ -348,7 +348,7 @@ def test_trees_read_off_a_device_are_those_of_the_host(seed: int, monkeypatch: p
     monkeypatch.setattr(rerank, "rerank", rerank.reference)
     config = TreeConfig(12, topk=3, max_depth=4)
     requests, head = [Request(9, 12), Request(8, 0), Request(7, 4)], TableHead(3, seed)
-    pool = _grown(requests, head.root_logits(), head, config, None, Limits(-1.0, fixed_width=True))
+    pool = grow_pool(requests, head.root_logits(), head, config, None, Limits(-1.0, fixed_width=True))
     for one, other in zip(pool.trees(), pool._trees_of_device(), strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.parents.tolist() == other.parents.tolist()

@@ -1,5 +1,6 @@
 """Trees together with quantized targets, adapters and tensor parallelism: the tokens are those of the same engine without trees."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm_eagle.bench.engines.offline import Generated, encode_prompts, generate
 from vllm_eagle.bench.passes.gaps import gaps
 from vllm_eagle.bench.passes.lora import random_adapter
 from vllm_eagle.bench.passes.quantize import GROUP_SIZE, Scheme, quantize
+from vllm_eagle.heads import draft_vocab
 from vllm_eagle.heads.checkpoint import read_tensors
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 
@@ -107,6 +109,16 @@ def test_tensor_parallel(head: Path) -> None:
     plain, found, _ = both(TARGET, head, tensor_parallel_size=2)
     assert found.token_ids == plain.token_ids
     assert found.tau > 2.5
+
+
+@exhaustive
+def test_tensor_parallel_with_a_draft_vocabulary(tmp_path: Path) -> None:
+    """Rows of the LM head lie on both ranks; each drafts over all of them."""
+    shutil.copytree(HEAD, tmp_path / "head")
+    draft_vocab.write(tmp_path / "head", range(100, 4000), 4096)
+    plain, found, _ = both(TARGET, tmp_path / "head", tensor_parallel_size=2)
+    assert found.token_ids == plain.token_ids
+    assert found.tau > 1.7
 
 
 def test_tensor_parallel_in_short() -> None:

@@ -23,7 +23,7 @@ def test_same_as_vllm(which: str, width: int | None) -> None:
     temperature = torch.tensor([1.0, 0.7, 2.0, 0.0])
     fields = {"top_k": top_k, "top_p": top_p} if which == "both" else {which: top_k if which == "top_k" else top_p}
     logits = 4 * torch.randn(4, *([width] if width else []), VOCAB, generator=generator)
-    found = Filters(metadata(temperature=temperature, **fields), torch.arange(4))(logits)  # type: ignore[arg-type]
+    found = Filters.of(metadata(temperature=temperature, **fields), torch.arange(4))(logits)  # type: ignore[arg-type]
     rows = width or 1
     by_row = temperature.where(temperature > 0, 1.0).repeat_interleave(rows)[:, None]
     repeated = {name: value.repeat_interleave(rows) for name, value in fields.items()}
@@ -40,15 +40,15 @@ def test_same_as_vllm(which: str, width: int | None) -> None:
 
 def test_without_filters_nothing_is_touched() -> None:
     logits = torch.randn(2, 5)
-    assert Filters(metadata(temperature=torch.tensor([1.0, 0.0])), torch.arange(2))(logits) is logits  # type: ignore[arg-type]
+    assert Filters.of(metadata(temperature=torch.tensor([1.0, 0.0])), torch.arange(2))(logits) is logits  # type: ignore[arg-type]
 
 
 def test_only_the_chosen_requests_count() -> None:
-    found = Filters(metadata(top_k=torch.tensor([1, 3], dtype=torch.int32)), torch.tensor([1]))(torch.arange(9.0)[None])  # type: ignore[arg-type]
+    found = Filters.of(metadata(top_k=torch.tensor([1, 3], dtype=torch.int32)), torch.tensor([1]))(torch.arange(9.0)[None])  # type: ignore[arg-type]
     assert found.isfinite().sum() == 3
 
 
 def test_nan_passes_on() -> None:
     """Growth knows what to do with it."""
     logits = torch.full((1, 9), float("nan"))
-    assert Filters(metadata(top_p=torch.tensor([0.5])), torch.arange(1))(logits).isnan().any()  # type: ignore[arg-type]
+    assert Filters.of(metadata(top_p=torch.tensor([0.5])), torch.arange(1))(logits).isnan().any()  # type: ignore[arg-type]

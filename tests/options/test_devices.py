@@ -291,9 +291,9 @@ def test_filters_stay_on_the_device() -> None:
     fields = {"top_k": on_meta(4), "top_p": on_meta(4, dtype=torch.float32), "temperature": on_meta(4, dtype=torch.float32)}
     chosen = on_meta(2, dtype=torch.long)
     logits = on_meta(2, 3, 100, dtype=torch.float32)
-    assert Filters(SimpleNamespace(**fields), chosen)(logits).device.type == "meta"  # type: ignore[arg-type]
+    assert Filters.of(SimpleNamespace(**fields), chosen)(logits).device.type == "meta"  # type: ignore[arg-type]
     without_temperature = fields | {"temperature": None}
-    assert Filters(SimpleNamespace(**without_temperature), chosen)(logits).device.type == "meta"  # type: ignore[arg-type]
+    assert Filters.of(SimpleNamespace(**without_temperature), chosen)(logits).device.type == "meta"  # type: ignore[arg-type]
 
 
 class Waiting:

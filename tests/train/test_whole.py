@@ -73,8 +73,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_head_from_the_model_alone(target: Path, tmp_path: Path) -> None:
-    run = settings(target, tmp_path / "a head")
+@pytest.mark.parametrize("changes", [{}, {"method": "eagle3", "draft_vocab": 64}, {"draft_vocab": 64}])
+def test_a_head_from_the_model_alone(target: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = settings(target, tmp_path / "a head", **changes)
     summary = whole.train_from_nothing(run, 24, writes(), progress=False)
     card = json.loads((run.out / "run_card.json").read_text())
     dialogues = lines(run.out / "self" / "dialogues.jsonl")

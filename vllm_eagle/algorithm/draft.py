@@ -80,10 +80,10 @@ def grow(
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     if not requests:
         return []
-    return _grown(requests, root_logits, run_head, config, noise_at, limits, token_ids).trees()
+    return grow_pool(requests, root_logits, run_head, config, noise_at, limits, token_ids).trees()
 
 
-def _grown(
+def grow_pool(
     requests: list[Request],
     root_logits: torch.Tensor,
     run_head: RunHead,
@@ -91,9 +91,9 @@ def _grown(
     noise_at: NoiseAt | None,
     limits: Limits,
     token_ids: torch.Tensor | None = None,
-) -> "_Pool":
+) -> "Pool":
     """All drafted nodes; nothing of them has been read by the host if the width is fixed."""
-    pool = _Pool(requests, config, root_logits.device)
+    pool = Pool(requests, config, root_logits.device)
     ranker = _Ranker(requests, config.confidence_scale, noise_at is not None, root_logits.device)
     frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children, limits)
     logits = root_logits[:, None]
@@ -145,7 +145,7 @@ class _Ranker:
         return values - ranking.logsumexp(-1, keepdim=True), tokens
 
 
-class _Pool:
+class Pool:
     """All drafted nodes of all requests so far, level by level, without the roots."""
 
     def __init__(self, requests: list[Request], config: TreeConfig, device: torch.device):
@@ -259,7 +259,7 @@ Chosen = tuple[torch.Tensor, torch.Tensor]  # places in the newest level, and sc
 class _BestFrontier:
     """Dynamic trees: expand the best nodes of the newest level that could still lead into the tree."""
 
-    def __init__(self, pool: _Pool, width: int, limits: Limits):
+    def __init__(self, pool: Pool, width: int, limits: Limits):
         self._pool, self._width, self._limits = pool, width, limits
 
     def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
@@ -291,7 +291,7 @@ class _BestFrontier:
 class _StaticFrontier:
     """Fixed shapes: expand the nodes that have children in the shape."""
 
-    def __init__(self, pool: _Pool, config: TreeConfig):
+    def __init__(self, pool: Pool, config: TreeConfig):
         self._pool, self._shape = pool, config.shape
 
     def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:

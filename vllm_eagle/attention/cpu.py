@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_eagle.algorithm.verify import TreeBatch
 from vllm_eagle.attention import cpu_cache, cpu_kernel
-from vllm_eagle.attention.tree_impl import Divided, TreeImpl, TreePass, tree_rows
+from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass, tree_rows
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
         return TreeCPUAttentionMetadataBuilder
 
 
-class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+class TreeCPUAttentionMetadataBuilder(PrefixBuilder, CPUAttentionMetadataBuilder):
     """Builds vLLM's metadata; `attach` adds the trees of a pass to it."""
 
     def build(

@@ -40,7 +40,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_eagle.algorithm.verify import TreeBatch
-from vllm_eagle.attention.tree_impl import Divided, TreeImpl, TreePass, tree_rows
+from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass, tree_rows
 
 _FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
 
@@ -95,7 +95,7 @@ class TreeTritonAttentionMetadata(DividedOnGPU, TritonAttentionMetadata):
     """Of Triton."""
 
 
-class TreeBuilder:
+class TreeBuilder(PrefixBuilder):
     """Mixin of vLLM's builders: `attach` adds the trees of a pass to its metadata."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # shapes of trees differ from pass to pass

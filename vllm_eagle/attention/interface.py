@@ -9,7 +9,10 @@ Keys and values of a verification pass are written by vLLM: node i of a tree goe
 request's own block table.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from vllm.model_executor.layers.attention import Attention
 
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")  # in whose places cuda.py puts backends with tree rows
 
@@ -20,3 +23,22 @@ class TreeAttention(Protocol):
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
         """Why this layer cannot run tree rows; empty if it can."""
+
+
+def check_layers(layers: Mapping[str, Any], max_model_len: int) -> None:
+    """Ask every attention layer of target and head, by name, whether it can run trees.
+
+    Raises:
+        ValueError: a layer cannot; the message says why.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, Attention):
+            continue
+        if not isinstance(layer.impl, TreeAttention):
+            raise ValueError(
+                f"vllm_eagle cannot run draft trees with layer {name}: {layer.get_attn_backend().get_name()} is vLLM's own "
+                "attention, without trees. Something chose it after the configuration was checked."
+            )
+        reasons = layer.impl.not_supported_reasons(max_model_len)
+        if reasons:
+            raise ValueError(f"vllm_eagle cannot run draft trees with layer {name}: {'; '.join(reasons)}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionLayer, AttentionType
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
 
 from vllm_eagle.algorithm.verify import TreeBatch
 from vllm_eagle.attention.levels import DraftLevels
@@ -36,7 +37,8 @@ class Divided:
     trees: TreeRows | None = None  # None: no tree in this pass
     longest_context: int = 0  # at least that of any tree
     plain: Any = None  # vLLM's metadata of the requests without a tree; None: there are none
-    plain_rows: torch.Tensor | None = None  # [num_plain_rows] int64, a batch of their own; None: `plain` is over all rows, in place
+    # [num_plain_rows] int64, or a slice: rows that are a batch of their own; None: `plain` is over all rows, in place
+    plain_rows: torch.Tensor | slice | None = None
 
 
 def tree_rows(batch: TreeBatch, block_table: torch.Tensor, sent: Callable[[Any], torch.Tensor]) -> TreeRows:
@@ -51,6 +53,41 @@ def tree_rows(batch: TreeBatch, block_table: torch.Tensor, sent: Callable[[Any],
         num_keys=num_rows,
         visible=sent(batch.ancestors),
     )
+
+
+class PrefixBuilder:
+    """Mixin of vLLM's builders, for batches that begin with the requests that have trees, as in vLLM's V2 runner."""
+
+    def attach_prefix(
+        self,
+        metadata: Any,
+        trees: TreeRows,  # of the first requests
+        query_start_loc_cpu: torch.Tensor,  # [num_reqs + 1] int32, of the batch, on the host
+        longest_context: int,
+    ) -> None:
+        """Divide the rows of `metadata` into those of `trees` and the rest. Nothing is read back from the device."""
+        num_trees = len(trees.context_lens)
+        metadata.trees, metadata.longest_context = trees, longest_context
+        num_tree_rows = int(query_start_loc_cpu[num_trees])
+        starts = query_start_loc_cpu[num_trees:] - num_tree_rows
+        num_rest = len(starts) - 1
+        if not num_rest:
+            return
+        rest = slice(num_trees, num_trees + num_rest)
+        metadata.plain_rows = slice(num_tree_rows, num_tree_rows + int(starts[-1]))
+        without_trees = CommonAttentionMetadata(
+            query_start_loc=async_tensor_h2d(starts, device=metadata.slot_mapping.device),
+            query_start_loc_cpu=starts,
+            seq_lens=metadata.seq_lens[rest],
+            num_reqs=num_rest,
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=int(starts.diff().max()),
+            max_seq_len=metadata.max_seq_len,
+            block_table_tensor=metadata.block_table[rest],
+            slot_mapping=metadata.slot_mapping[metadata.plain_rows],
+            causal=metadata.causal,
+        )
+        metadata.plain = super().build(0, without_trees)  # type: ignore[misc]
 
 
 class TreeImpl:

@@ -10,23 +10,32 @@ EVERYTHING = float("-inf")
 
 
 class Filters:
-    """Made once per step, for the requests that draft."""
+    """Made once per step, for the requests that draft.
 
-    def __init__(self, metadata: SamplingMetadata, chosen: torch.Tensor):
-        self._top_k = None if metadata.top_k is None else metadata.top_k[chosen].long()
-        self._top_p = None if metadata.top_p is None else metadata.top_p[chosen]
-        self._temperature = torch.ones(len(chosen), device=chosen.device)
-        if metadata.temperature is not None:
-            temperature = metadata.temperature[chosen]
-            self._temperature = torch.where(temperature > 0, temperature, 1.0)
-        # vLLM lists top-k and top-p only if a request that samples asks for them.
-        self._active = self._top_k is not None or self._top_p is not None
+    Args:
+        top_k: [num_drafting] integers, the vocabulary's size where all tokens are let through; None: of no request.
+        top_p: [num_drafting], 1 where all tokens are let through; None: of no request.
+        temperature: [num_drafting], 0 is greedy; None: all are.
+    """
+
+    def __init__(self, top_k: torch.Tensor | None, top_p: torch.Tensor | None, temperature: torch.Tensor | None):
+        self._top_k, self._top_p = None if top_k is None else top_k.long(), top_p
+        self._temperature = None if temperature is None else torch.where(temperature > 0, temperature, 1.0)
+        self._active = top_k is not None or top_p is not None
+
+    @classmethod
+    def of(cls, metadata: SamplingMetadata, chosen: torch.Tensor) -> "Filters":
+        """From the metadata of vLLM's V1 runner, which lists top-k and top-p only if a request that samples asks for them."""
+        listed = (metadata.top_k, metadata.top_p, metadata.temperature)
+        return cls(*(None if values is None else values[chosen] for values in listed))
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [num_drafting, (width,) vocab] with impossible tokens at minus infinity."""
         if not self._active:
             return logits
-        scaled = logits.float() / _as_column(self._temperature, logits)
+        scaled = logits.float()
+        if self._temperature is not None:
+            scaled = scaled / _as_column(self._temperature, logits)
         best = scaled.topk(min(MOST_SORTED, scaled.shape[-1]), dim=-1).values  # [..., listed], falling
         total = scaled.logsumexp(-1, keepdim=True)
         lowest = torch.full_like(total, EVERYTHING)

@@ -159,7 +159,7 @@ class EagleTreeProposer(EagleProposer):
             common = common_attn_metadata
             levels = self._levels(common.block_table_tensor[chosen], common.seq_lens[chosen].long(), common.max_seq_len)
             level_pass = _LevelPass(self, levels, hidden[rows], self.positions[rows])
-            filters = Filters(sampling_metadata, chosen)
+            filters = Filters.of(sampling_metadata, chosen)
             constraints = self._constraints(list(step.requests)).over(self.logits.token_ids)
             trees = grow(
                 list(step.requests.values()),

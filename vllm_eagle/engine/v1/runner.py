@@ -29,7 +29,7 @@ from vllm_eagle.algorithm.accept import Walk
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.algorithm.verify import TreeBatch, lay_out
-from vllm_eagle.attention.interface import TreeAttention
+from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.budget.budget import Plan
 from vllm_eagle.engine.v1.costs import StepClock
@@ -93,16 +93,7 @@ class EagleTreeRunner(DraftPlanning):
             ValueError: a layer cannot; the message says why.
         """
         super().load_model(*args, **kwargs)
-        for name, layer in self.compilation_config.static_forward_context.items():
-            if isinstance(layer, Attention):
-                if not isinstance(layer.impl, TreeAttention):
-                    raise ValueError(
-                        f"vllm_eagle cannot run draft trees with layer {name}: {layer.get_attn_backend().get_name()} is vLLM's own "
-                        "attention, without trees. Something chose it after the configuration was checked."
-                    )
-                reasons = layer.impl.not_supported_reasons(self.max_model_len)
-                if reasons:
-                    raise ValueError(f"vllm_eagle cannot run draft trees with layer {name}: {'; '.join(reasons)}")
+        check_layers(self.compilation_config.static_forward_context, self.max_model_len)
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)

@@ -1,0 +1,52 @@
+"""The worker of the test bed: vLLM's CPU worker with its V2 runner, and ours put before that."""
+
+from typing import Any
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_eagle.attention.cuda import TreeTritonAttentionBackend
+from vllm_eagle.engine.v2.runner import EagleTreeGPUModelRunner, EagleTreeRunner
+
+
+class TritonInCPUsPlace(TreeTritonAttentionBackend):
+    """The attention of GPUs; vLLM's CPU platform knows one name only."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of CPU attention."""
+        return "CPU_ATTN"
+
+
+def register(attention: str) -> None:
+    """Put a backend in the place of the CPU's."""
+    path = f"{__name__}.TritonInCPUsPlace" if attention == "triton" else "vllm_eagle.attention.cpu.TreeCPUAttentionBackend"
+    register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    _cached_get_attn_backend.cache_clear()
+
+
+class TreeV2Runner(EagleTreeRunner, CPUModelRunner):
+    """Trees in vLLM's V2 runner for CPUs."""
+
+    _prepare_moves = EagleTreeGPUModelRunner._prepare_moves
+
+
+class TreeV2Worker(CPUWorker):
+    """vLLM's CPU worker imports its runner by name while the device is set up."""
+
+    def init_device(self) -> None:
+        """As vLLM's, with our runner."""
+        import vllm.v1.worker.cpu.model_runner as module
+
+        stock, module.CPUModelRunner = module.CPUModelRunner, TreeV2Runner  # type: ignore[misc]
+        try:
+            super().init_device()
+        finally:
+            module.CPUModelRunner = stock  # type: ignore[misc]
+
+    def tree_stats(self) -> dict[str, Any]:
+        """Counters."""
+        self.model_runner._late.poll()
+        return self.model_runner.tree_metrics.as_dict()

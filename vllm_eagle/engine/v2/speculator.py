@@ -1,0 +1,195 @@
+"""Draft trees in vLLM's V2 runner: its EAGLE speculator with levels in place of a chain.
+
+The first pass of the head is vLLM's own, over all rows of the target's pass: those of the accepted path are moved to the front of
+their request before it, where vLLM expects accepted drafts, and rejected rows behind them are overwritten by the next step. Levels,
+ranking and the choice of nodes are the algorithm's (vllm_eagle/algorithm/draft.py), in widths that are known before, so nothing is
+read back.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.algorithm.draft import Level, Limits, NoiseAt, Request, grow_pool
+from vllm_eagle.attention.levels import DraftLevels
+from vllm_eagle.engine.draft_vocab import DraftLogits, named_tokens
+from vllm_eagle.engine.filters import Filters
+from vllm_eagle.engine.v2.noise import coming_noise
+from vllm_eagle.engine.v2.slots import SlotTrees
+from vllm_eagle.ops.rerank import rerank
+from vllm_eagle.options.per_request import RequestOptions
+
+
+class Owner(Protocol):
+    """What the speculator asks of its runner."""
+
+    trees: SlotTrees
+    request_options: list[RequestOptions]  # by slot
+
+    @property
+    def states(self) -> SamplingStates:
+        """vLLM's sampling parameters, by slot."""
+
+    @property
+    def paths(self) -> torch.Tensor:
+        """[num_reqs, max_depth] int32, accepted nodes of this step, then zeros."""
+
+
+class TreeSpeculator(EagleSpeculator):
+    """vLLM's EAGLE speculator with trees in place of chains."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: TreeConfig, owner: Owner):
+        super().__init__(vllm_config, device)
+        self._config, self._owner = config, owner
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """As vLLM's; then know what the head can draft."""
+        super().load_model(target_model)
+        self.logits = DraftLogits(self.model, named_tokens(self.vllm_config) if self._config.draft_vocab else None, self.device)
+
+    def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Called by vLLM after the first pass with the head's features [num_reqs, hidden] of the roots."""
+        self._root_features = hidden_states
+        return torch.zeros(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        *args: Any,
+        num_speculative_tokens: int | None = None,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Draft one tree per request; returns the tokens [num_reqs, num_speculative_tokens] int64 of nodes 1..n, then zeros."""
+        if not dummy_run and input_batch.num_draft_tokens:
+            self._put_paths_first(input_batch, [last_hidden_states, *(aux_hidden_states or ())])
+        drafts = super().propose(
+            input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected,
+            last_sampled, *args, num_speculative_tokens=1, dummy_run=dummy_run, **kwargs,
+        )  # fmt: skip
+        if dummy_run:
+            return drafts
+        if num_speculative_tokens == 0:
+            self._owner.trees.clear(input_batch.idx_mapping)
+            return drafts
+        context_lens = (input_batch.seq_lens[: input_batch.num_reqs] - num_rejected).long()
+        return self._draft(input_batch, context_lens, last_sampled)
+
+    def _put_paths_first(self, batch: InputBatch, features: list[torch.Tensor]) -> None:
+        """Move rows root, path of each request to the front of its rows: tokens, positions and the target's features."""
+        paths = self._owner.paths
+        first = batch.logits_indices[batch.cu_num_logits[:-1].long()][:, None]
+        places = torch.arange(paths.shape[1] + 1, device=paths.device)
+        nodes = torch.nn.functional.pad(paths.long(), (1, 0))
+        accepted = (nodes > 0) | (places == 0)
+        sources = (first + torch.where(accepted, nodes, 0)).flatten()  # the root onto itself where a path has ended
+        targets = (first + torch.where(accepted, places, 0)).flatten()
+        for rows in (batch.input_ids, batch.positions, *features):
+            rows[targets] = rows[sources]
+
+    def _draft(self, batch: InputBatch, context_lens: torch.Tensor, last_sampled: torch.Tensor) -> torch.Tensor:
+        slots, num_reqs, most_nodes = batch.idx_mapping, batch.num_reqs, self.num_speculative_steps
+        states, options = self._owner.states, self._owner.request_options
+        temperatures = states.temperature.np[batch.idx_mapping_np]
+        requests = [
+            Request(0, min(most_nodes, asked.num_draft_tokens), float(temperature), asked.max_depth, asked.topk)
+            for asked, temperature in zip((options[slot] for slot in batch.idx_mapping_np), temperatures, strict=True)
+        ]
+        level_pass = self._level_pass(batch, context_lens)
+        filters = self._filters(batch)
+        pool = grow_pool(
+            requests,
+            filters(self.logits(self._root_features)),
+            lambda level: filters(level_pass(level)),
+            self._config,
+            self._noise(batch) if self._config.coupled and temperatures.any() else None,
+            Limits(fixed_width=True),
+            self.logits.token_ids,
+        )
+        roots = last_sampled[slots, 0]
+        trees = rerank(roots, pool.tokens, pool.scores, pool.parents, pool.budgets, most_nodes + 1, self._config.depth_limit)
+        self._owner.trees.store(slots, trees)
+        falling = trees.scores.where(torch.arange(most_nodes + 1, device=slots.device) < trees.num_nodes[:, None], -torch.inf)
+        # Of these vLLM's adaptive verification takes running products: a node's score then is the chance of all before it.
+        self.draft_token_confidence_probs[:num_reqs] = falling.diff(dim=1).exp().nan_to_num(0.0)
+        return trees.token_ids[:, 1:]
+
+    def _level_pass(self, batch: InputBatch, context_lens: torch.Tensor) -> Callable[[Level], torch.Tensor]:
+        """What runs the head over a level: logits [num_reqs, width, draft_vocab]."""
+        num_reqs = batch.num_reqs
+        table = self.block_tables.input_block_tables[self._cache_group][:num_reqs]
+        levels = DraftLevels(table, context_lens, int(batch.seq_lens_cpu_upper_bound[:num_reqs].max()))
+        hidden = self.hidden_states[:num_reqs].clone()[:, None]  # [num_reqs, width, hidden] of the level before
+        root_positions = self.input_buffers.positions[:num_reqs].clone()
+
+        def run(level: Level) -> torch.Tensor:
+            nonlocal hidden
+            levels.start(level)
+            width = level.token_ids.shape[1]
+            rows = num_reqs * width
+            parents = level.parent_rows[:, :, None].expand(-1, -1, hidden.shape[2])
+            # A node beyond the model's length is never scheduled; its position only has to stay inside the rotary table.
+            positions = (root_positions[:, None] + level.depth).clamp(max=self.max_model_len - 1)
+            self.input_buffers.input_ids[:rows] = level.token_ids.flatten()
+            self.input_buffers.positions[:rows] = positions.expand(-1, width).flatten()
+            self.hidden_states[:rows] = hidden.gather(1, parents).flatten(0, 1)
+            with set_forward_context(
+                dict.fromkeys(self.draft_attn_layer_names, levels),
+                self.vllm_config,
+                num_tokens=rows,
+                slot_mapping={},  # keys and values of nodes are scratch: none is written to the cache
+                batch_descriptor=BatchDescriptor(num_tokens=rows),
+            ):
+                found = self.model(
+                    input_ids=self.input_buffers.input_ids[:rows],
+                    positions=self.input_buffers.positions[:rows],
+                    hidden_states=self.hidden_states[:rows],
+                    inputs_embeds=None,
+                )
+            last, fed_back = found if isinstance(found, tuple) else (found, found)
+            hidden = fed_back[:rows].view(num_reqs, width, -1)
+            return self.logits(last[:rows]).view(num_reqs, width, -1)
+
+        return run
+
+    @property
+    def _cache_group(self) -> int:
+        groups = self.kv_cache_config.kv_cache_groups
+        return next(i for i, group in enumerate(groups) if set(group.layer_names) & self.draft_attn_layer_names)
+
+    def _filters(self, batch: InputBatch) -> Filters:
+        states, slots = self._owner.states, batch.idx_mapping
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        limited = [
+            values.gpu[slots] if np.any(values.np[batch.idx_mapping_np] != everything) else None
+            for values, everything in ((states.top_k, vocab_size), (states.top_p, 1.0))
+        ]
+        return Filters(*limited, states.temperature.gpu[slots])
+
+    def _noise(self, batch: InputBatch) -> NoiseAt:
+        states, vocab_size = self._owner.states, self.vllm_config.model_config.get_vocab_size()
+        positions = self.sample_src_positions[: batch.num_reqs].clone()  # of the row after which the first drafts stand
+
+        def noise_at(depth: int) -> torch.Tensor:
+            return coming_noise(
+                states.seeds.gpu, states.temperature.gpu, batch.idx_mapping, positions + depth - 1, self.logits.token_ids,
+                vocab_size, self.use_fp64_gumbel,
+            )  # fmt: skip
+
+        return noise_at
