@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.algorithm import reference
+from vllm_eagle import native
 from vllm_eagle.algorithm.noise import gumbel, peek_seeds
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["native", "torch"])
+def _with_and_without_our_operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    assert native.problem() is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "runs", lambda: request.param)
+        yield
 
 
 @given(st.integers(0, 2**31 - 1))

@@ -8,6 +8,8 @@ On GPUs it is a stream of rows of noise: algorithm/noise_rows.py.
 
 import torch
 
+from vllm_eagle import native
+
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # SplitMix64's increment and multipliers as signed 64-bit integers
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -41,6 +43,10 @@ def gumbel(
 
     Equals it up to float32 rounding; the drafter only ranks by it. Hash: SplitMix64 (Steele, Lea and Flood 2014).
     """
+    if seeds.device.type == "cpu" and native.runs():
+        count, chosen = (tokens, None) if isinstance(tokens, int) else (0, tokens)
+        found: torch.Tensor = torch.ops.vllm_eagle.gumbel(seeds.flatten(), chosen, count)
+        return found.view(*seeds.shape, -1)
     token_ids = torch.arange(tokens, device=seeds.device) if isinstance(tokens, int) else tokens
     bits = _shift(_mix(_mix(seeds)[..., None] + (token_ids + 1) * _GAMMA), 11)
     uniform = (bits.double() + 0.5) * 2.0**-53
