@@ -1,6 +1,7 @@
 """Read, apply and revert the seam patches in this folder. Each is one .patch file with a header of five lines."""
 
 import importlib.util
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def site_packages() -> Path:
 
 
 def _git_apply(patch: Patch, *options: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("git") is None:
+        raise ValueError("git is not in PATH, and patches are applied with it; install git")
     root = site_packages()
     # A repository around site-packages must not redirect or filter the paths.
     command = ["git", "-c", "core.autocrlf=false", "apply", "--unsafe-paths", f"--directory={root}", *options, "-"]
@@ -70,7 +73,11 @@ def _git_apply(patch: Patch, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def state(patch: Patch) -> str:
-    """ "applied", "not applied", or "does not fit this vLLM"."""
+    """ "applied", "not applied", or "does not fit this vLLM".
+
+    Raises:
+        ValueError: there is no git to ask.
+    """
     if _git_apply(patch, "--check", "--reverse").returncode == 0:
         return "applied"
     return "not applied" if _git_apply(patch, "--check").returncode == 0 else "does not fit this vLLM"
@@ -80,7 +87,7 @@ def change(patch: Patch, *, reverse: bool) -> str:
     """Apply or revert one patch; does nothing if that is its state already.
 
     Raises:
-        ValueError: the installed file is in neither state, so nothing was changed.
+        ValueError: the installed file is in neither state, or there is no git; nothing was changed.
     """
     wanted, opposite = ("not applied", "applied") if reverse else ("applied", "not applied")
     before = state(patch)

@@ -1,5 +1,7 @@
 """`vllm-eagle doctor`: what it says of the libraries that make vLLM fast on CPUs."""
 
+from pathlib import Path
+
 import pytest
 
 from vllm_eagle import native
@@ -45,3 +47,10 @@ def test_the_version_of_vllm_comes_with_what_was_run_with_it(monkeypatch: pytest
     monkeypatch.setattr(seams, "known_version", lambda: None)
     monkeypatch.setattr(seams, "version_problem", lambda: "not tested")
     assert found()["vllm version"] == ("FAIL", "not tested")
+
+
+def test_without_git_everything_else_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native, "problem", lambda: None)  # that a compiler is missing, too, is said elsewhere
+    [patch] = [detail for _, what, detail in doctor._findings() if what == "patch cpu_worker_factory"]
+    assert patch.startswith("state unknown: git is not in PATH, and patches are applied with it; install git; without it: ")

@@ -71,7 +71,11 @@ def _findings() -> Iterator[Finding]:
     from vllm_eagle.patches import ledger
 
     for patch in ledger.patches():
-        yield "note", f"patch {patch.name}", f"{ledger.state(patch)}; without it: {patch.header['Without it']}"
+        try:
+            state = ledger.state(patch)
+        except ValueError as error:
+            state = f"state unknown: {error}"
+        yield "note", f"patch {patch.name}", f"{state}; without it: {patch.header['Without it']}"
 
 
 def _cpu_findings() -> Iterator[Finding]:
