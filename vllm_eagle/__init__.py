@@ -20,6 +20,7 @@ proposer.py drafts, scorer.py verifies and accepts, planning.py asks the budget)
     heads/       heads as files: told apart, checked, converted
     train/       makes heads; evaluate/ measures them; neither needs vLLM, but to write what heads learn from
     bench/       measurements: passes, speed, soak, GPUs
+    files.py     files that are whole or absent
     commands/    subcommands of `vllm-eagle`, which cli.py dispatches; bootstrap.py sets up a machine, from locks/
     pair/        a small model with heads for it, and a real target, fetched if asked for; prompts/: questions to ask it
 

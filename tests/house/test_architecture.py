@@ -19,7 +19,7 @@ ROOMS = {
     "budget": "",
     "metrics": "algorithm",
     # into vLLM
-    "heads": "",
+    "heads": "files",
     "options": "algorithm heads vllm",
     "attention": "algorithm native ops vllm",
     "engine": "algorithm attention heads metrics options vllm",
@@ -32,11 +32,11 @@ ROOMS = {
     # heads: made and measured without vLLM; regenerate writes answers, or whole dialogues, with it
     "train": "",
     "train/features": "",
-    "train/data": "",
-    "train/head": "heads train/features",
-    "train/run": "algorithm evaluate heads train/data train/features train/head train/regenerate",
-    "train/regenerate": "bench/engines train/data train/features vllm",
-    "evaluate": "algorithm bench/engines train/features train/head",
+    "train/data": "files",
+    "train/head": "files heads train/features",
+    "train/run": "algorithm evaluate files heads train/data train/features train/head train/regenerate",
+    "train/regenerate": "bench/engines files train/data train/features vllm",
+    "evaluate": "algorithm bench/engines files train/features train/head",
     # measurements
     "bench": "",
     "bench/engines": "algorithm heads options train/data train/features vllm",
@@ -47,6 +47,7 @@ ROOMS = {
     "bench/soak": "bench/engines pair",
     "bench/gpu": "ops",
     # commands
+    "files": "",
     "pair": "",
     "bootstrap": "",
     "commands": "algorithm bench/engines bench/passes bench/speed engine evaluate native pair vllm",

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vllm_eagle import files
+
 NUM_BINS = 10
 
 
@@ -65,5 +67,6 @@ def draw(curves: dict[str, Reliability], path: Path) -> None:
     bottom.set(xlabel="confidence of the head", ylabel="nodes", yscale="log")
     top.grid(alpha=0.3)
     top.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with files.whole(path) as picture:
+        figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_eagle import files
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.bench.engines.offline import encode_with_kinds, places_by_kind
 from vllm_eagle.evaluate import calibration
@@ -108,7 +109,7 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
     }
     if settings.out is not None:
         settings.out.mkdir(parents=True, exist_ok=True)
-        (settings.out / "eval.json").write_text(json.dumps(result) + "\n")
+        files.write_text(settings.out / "eval.json", json.dumps(result) + "\n")
     return result
 
 

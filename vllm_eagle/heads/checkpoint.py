@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle import files
+
 if TYPE_CHECKING:
     import torch
 
@@ -133,7 +135,7 @@ def check_output(folder: Path) -> None:
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Write the weights and then config.json, without which no loader takes a half-written folder for a checkpoint.
+    """Write weights and config.json, each whole or not at all, the weights first: no loader takes them alone for a checkpoint.
 
     Raises:
         ValueError: the folder is taken or cannot be written.
@@ -143,12 +145,11 @@ def write(folder: Path, config: Mapping[str, Any], tensors: "Mapping[str, torch.
     check_output(folder)
     # Views of a larger or shared storage are what safetensors cannot store.
     owned = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    try:
+    with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(owned, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
+    with files.whole(folder / CONFIG) as settings, files.whole(folder / WEIGHTS) as weights:  # the inner one gets its name first
+        settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(owned, weights, metadata={"format": "pt"})
 
 
 def _json_object(file: Path) -> dict[str, Any]:

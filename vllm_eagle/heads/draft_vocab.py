@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle import files
+
 FILE = "draft_vocab.json"
 
 
@@ -51,4 +53,4 @@ def parse(found: Any, vocab_size: int) -> list[int]:
 
 def write(folder: Path, token_ids: Sequence[int], vocab_size: int) -> None:
     """Put the file beside the head's weights; `token_ids` rise."""
-    (folder / FILE).write_text(json.dumps({"vocab_size": vocab_size, "token_ids": list(token_ids)}) + "\n")
+    files.write_text(folder / FILE, json.dumps({"vocab_size": vocab_size, "token_ids": list(token_ids)}) + "\n")

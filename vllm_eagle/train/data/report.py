@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle import files
+
 NUM_SHOWN = 3  # findings per reason in the summary
 
 # Reasons that keep the row; all others leave it out.
@@ -63,8 +65,7 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Write every finding as one JSON line {"file", "line", "reason", "detail"}."""
-        with path.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps(asdict(finding)) + "\n" for finding in self.findings)
+        files.write_text(path, "".join(json.dumps(asdict(finding)) + "\n" for finding in self.findings))
 
     def as_dict(self) -> dict[str, Any]:
         """Totals and counts by reason, for JSON."""

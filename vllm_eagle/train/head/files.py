@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from vllm_eagle import files
 from vllm_eagle.heads import checkpoint, draft_vocab
 from vllm_eagle.heads.check import Target, misfits, problems
 from vllm_eagle.heads.convert import needed_tensors
@@ -113,7 +114,8 @@ def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> Non
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in head.state_dict().items()
     }
-    (out / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))  # save_file makes it private
-    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     if isinstance(head, EagleHead) and head.target_ids is not None:
         draft_vocab.write(out, head.target_ids.tolist(), head.config.vocab_size)
+    with files.whole(out / "config.json") as config_file, files.whole(out / "model.safetensors") as weights_file:
+        config_file.write_text(json.dumps(settings, indent=1) + "\n")
+        weights_file.write_bytes(save(weights, metadata={"format": "pt"}))  # save_file makes it private

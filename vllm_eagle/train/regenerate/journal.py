@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle import files
+
 
 class Journal:
     """Rows of finished work in `path`, the arguments that they were made with beside it in `path`.meta.json.
@@ -28,7 +30,7 @@ class Journal:
         elif path.exists():
             raise ValueError(f"{path}: exists, but {meta.name} does not say how it was made; choose another --out or delete it")
         else:
-            _write_whole(meta, json.dumps(arguments, indent=1))
+            files.write_text(meta, json.dumps(arguments, indent=1))
 
     def rows(self) -> list[dict[str, Any]]:
         """What earlier runs finished. A last line that a killed run left unfinished is cut off the file."""
@@ -51,7 +53,7 @@ class Journal:
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows, on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as out:
+        with files.writing(self.path), self.path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             out.flush()
             os.fsync(out.fileno())
@@ -63,9 +65,3 @@ def _compare(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             raise ValueError(
                 f"{path}: was made with {key} {before.get(key)!r}, not {now[key]!r}; choose another --out, or repeat the arguments"
             )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from vllm_eagle import files
 from vllm_eagle.train.run.settings import TrainSettings
 
+CARD = "run_card.json"
 PACKAGES = ("vllm-eagle", "torch", "transformers", "accelerate", "vllm")
 
 
@@ -33,7 +35,7 @@ class RunCard:
     def write(self, out: Path, **result: Any) -> dict[str, Any]:
         """Write what is known so far."""
         card = self._head | {"facts": self.facts} | result
-        (out / "run_card.json").write_text(json.dumps(card, indent=1) + "\n")
+        files.write_text(out / CARD, json.dumps(card, indent=1) + "\n")
         return card
 
     def finish(self, out: Path, num_tokens: int, seconds: float) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle import files
+
 
 class Curves:
     """Writes what a run measures; after a resume, points beyond the resumed step are dropped."""
@@ -17,17 +19,18 @@ class Curves:
         if self._path.exists():
             known = [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
             self.points = [point for point in known if point["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+        files.write_text(self._path, "".join(json.dumps(point) + "\n" for point in self.points))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 
     def add(self, step: int, kind: str, values: dict[str, float]) -> None:
         """`kind` is "train" or "held_out"."""
         point = {"step": step, "kind": kind} | {k: round(v, 6) for k, v in values.items()}
         self.points.append(point)
-        with self._path.open("a") as file:
+        with files.writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(point) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with files.writing(self._out / "tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def draw(self) -> None:
         """Write curves.png."""
@@ -53,7 +56,8 @@ class Curves:
             axes.grid(alpha=0.3)
             if axes.has_data():
                 axes.legend(fontsize=8)
-        figure.savefig(self._out / "curves.png", dpi=120)
+        with files.whole(self._out / "curves.png") as picture:
+            figure.savefig(picture, format="png", dpi=120)
         plt.close(figure)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from vllm_eagle import files
 from vllm_eagle.train.data.report import DataReport
 from vllm_eagle.train.features.target import load_config
 from vllm_eagle.train.regenerate.command import regenerate
@@ -120,7 +121,7 @@ def write(settings: Settings, write_dialogues: Callable[[Settings], None]) -> fl
         write_dialogues(settings)
     finally:
         seconds = before + time.perf_counter() - start
-        clock.write_text(json.dumps(round(seconds, 1)))
+        files.write_text(clock, json.dumps(round(seconds, 1)))
     return seconds
 
 
@@ -135,7 +136,7 @@ def split(dialogues: Path, number: int) -> tuple[Path, Path]:
         for k, message in enumerate(row["messages"])
         if message["role"] == "assistant"
     ]
-    files = dialogues.with_name("train.jsonl"), dialogues.with_name("prompts.jsonl")
-    for path, some in zip(files, (train, prompts), strict=True):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
-    return files
+    parts = dialogues.with_name("train.jsonl"), dialogues.with_name("prompts.jsonl")
+    for path, some in zip(parts, (train, prompts), strict=True):
+        files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
+    return parts

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle.train.run import checkpoint
+from vllm_eagle.train.run.card import CARD
 from vllm_eagle.train.run.settings import TrainSettings
 
 
@@ -33,7 +34,10 @@ def check_out(settings: TrainSettings) -> Path | None:
 
 
 def _card(out: Path) -> dict[str, Any]:
-    card: dict[str, Any] = json.loads((out / "run_card.json").read_text())
+    try:
+        card: dict[str, Any] = json.loads((out / CARD).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--resume: {out / CARD} cannot be read ({error}); start a new run in another folder") from None
     return card
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle import files
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.evaluate.command import EvalSettings, alpha_table, evaluate
 from vllm_eagle.heads.checkpoint import read_config
@@ -22,6 +23,7 @@ from vllm_eagle.train.regenerate.rewrite import Settings
 from vllm_eagle.train.regenerate.users import Users
 from vllm_eagle.train.run import checkpoint, own_data, resume
 from vllm_eagle.train.run.build import chosen_aux_layers
+from vllm_eagle.train.run.card import CARD
 from vllm_eagle.train.run.loop import train
 from vllm_eagle.train.run.settings import TrainSettings
 
@@ -88,7 +90,7 @@ def train_from_nothing(
         },
         "eval": found,
     }
-    (settings.out / "run_card.json").write_text(json.dumps(card, indent=1) + "\n")
+    files.write_text(settings.out / CARD, json.dumps(card, indent=1) + "\n")
     return summary(settings, card)
 
 

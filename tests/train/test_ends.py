@@ -1,0 +1,133 @@
+"""How a run may end: a full disk, a torn file, a signal, weights that are no numbers. One line each, and nothing half-written."""
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import random_target
+from tests.train.test_train import METHODS, head_for, settings
+from vllm_eagle import files
+from vllm_eagle.cli import main
+from vllm_eagle.pair import HEAD
+from vllm_eagle.train.features.target import FrozenTarget
+from vllm_eagle.train.head.files import save_head
+from vllm_eagle.train.regenerate.journal import Journal
+from vllm_eagle.train.run.loop import train
+
+
+@pytest.fixture(scope="module")
+def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_target(tmp_path_factory.mktemp("ends") / "target")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": chr(97 + i) * 20 + "abc" * i}) + "\n" for i in range(12)))
+    return path
+
+
+@contextmanager
+def disk_with_room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: what writes it gets an error, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# A full disk
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    files.write_text(path, "before")
+    with disk_with_room_for(100), pytest.raises(ValueError, match=r"card\.json: cannot be written \(File too large\)"):
+        files.write_text(path, "x" * 1000)
+    with suppress(KeyboardInterrupt), files.whole(path) as part:
+        part.write_text("hal")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    assert names(tmp_path) == {"card.json"}
+
+
+def test_convert_on_a_full_disk_leaves_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with disk_with_room_for(10_000):
+        assert main(["convert", str(HEAD), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vllm-eagle: {tmp_path}/out/model.safetensors: cannot be written (")
+    assert error.count("\n") == 1
+    assert not names(tmp_path / "out")
+    assert main(["convert", str(HEAD), str(tmp_path / "out")]) == 0  # nothing is in the way
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_that_finds_no_room_leaves_the_one_before(target_path: Path, tmp_path: Path, method: str) -> None:
+    head = head_for(FrozenTarget(target_path, torch.float32), method, torch.arange(100)[None])
+    save_head(head, tmp_path / "head", torch.float32)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "head").iterdir()}
+    with disk_with_room_for(10_000), pytest.raises(ValueError, match=r"model\.safetensors: cannot be written \(File too large\)"):
+        save_head(head, tmp_path / "head", torch.bfloat16)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "head").iterdir()} == before
+
+
+def test_training_on_a_full_disk_keeps_the_checkpoints_before(target_path: Path, data: Path, tmp_path: Path) -> None:
+    run = settings(target_path, data, tmp_path / "head", steps=4, checkpoint_every=2, holdout=0.0)
+    train(replace(run, steps=2), progress=False)
+    (run.out / "model.safetensors").unlink()
+    again = replace(run, steps=2, resume=True)
+    with disk_with_room_for(100_000), pytest.raises(ValueError, match=r"model\.safetensors: cannot be written"):
+        train(again, progress=False)
+    assert names(run.out / "checkpoints") == {"step-00000002"}
+    assert not {name for name in names(run.out) if name.endswith((".part", ".safetensors"))}
+    with disk_with_room_for(100_000), pytest.raises(ValueError, match=r"step-00000002: cannot be written \(.*\)") as caught:
+        train(replace(run, out=tmp_path / "other"), progress=False)
+    assert "\n" not in str(caught.value)
+    assert not names(tmp_path / "other" / "checkpoints")
+
+
+def test_a_journal_that_finds_no_room_goes_on_later(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out.jsonl", {})
+    journal.append([{"a": 1}])
+    with disk_with_room_for(50), pytest.raises(ValueError, match=r"out\.jsonl: cannot be written \(File too large\)"):
+        journal.append([{"a": "x" * 100}])
+    assert Journal(tmp_path / "out.jsonl", {}).rows() == [{"a": 1}]
+
+
+# Torn files
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "position.json", "random_states_0.pkl"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it(target_path: Path, data: Path, tmp_path: Path, file: str) -> None:
+    run = settings(target_path, data, tmp_path / "head", steps=4, checkpoint_every=2, holdout=0.0)
+    train(run, progress=False)
+    torn = run.out / "checkpoints" / "step-00000004" / file
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    message = rf"{torn}: cannot be read \(.+\); delete {torn.parent}, --resume then goes on from step-00000002"
+    with pytest.raises(ValueError, match=message) as caught:
+        train(replace(run, resume=True), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_torn_run_card_is_named(target_path: Path, data: Path, tmp_path: Path) -> None:
+    run = settings(target_path, data, tmp_path / "head", steps=1)
+    train(run, progress=False)
+    card = run.out / "run_card.json"
+    card.write_text(card.read_text()[:100])
+    with pytest.raises(ValueError, match=rf"--resume: {card} cannot be read \(.+\); start a new run in another folder"):
+        train(replace(run, resume=True), progress=False)
