@@ -1,24 +1,30 @@
 """How a run may end: a full disk, a torn file, a signal, weights that are no numbers. One line each, and nothing half-written."""
 
 import json
+import os
 import resource
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.models import random_target
-from tests.train.test_train import METHODS, head_for, settings
+from tests.train.test_train import METHODS, head_for, points, settings
 from vllm_eagle import files
 from vllm_eagle.cli import main
 from vllm_eagle.pair import HEAD
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import save_head
 from vllm_eagle.train.regenerate.journal import Journal
+from vllm_eagle.train.run import loop
 from vllm_eagle.train.run.loop import train
 
 
@@ -131,3 +137,76 @@ def test_a_torn_run_card_is_named(target_path: Path, data: Path, tmp_path: Path)
     card.write_text(card.read_text()[:100])
     with pytest.raises(ValueError, match=rf"--resume: {card} cannot be read \(.+\); start a new run in another folder"):
         train(replace(run, resume=True), progress=False)
+
+
+# Signals
+
+
+def arguments(target_path: Path, data: Path, out: Path, *more: str) -> list[str]:
+    found = ["train", "--target", str(target_path), "--data", str(data), "--out", str(out), "--dtype", "float32"]
+    return [*found, "--steps", "8", "--batch-tokens", "128", "--log-every", "3", "--warmup", "1", *more]
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, *signals: int) -> None:
+    """This process gets signals in the middle of a step."""
+    learn = loop._Run._learn
+
+    def learn_and_kill(self: Any, batch: Any, share: float) -> Any:
+        if self.step == step - 1:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return learn(self, batch, share)
+
+    monkeypatch.setattr(loop._Run, "_learn", learn_and_kill)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_says_how_to_go_on(
+    target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals, status: int
+) -> None:
+    """In the middle of what the next point of the curves is the mean of, and long before the first checkpoint."""
+    words = arguments(target_path, data, tmp_path / "a head")
+    assert main(arguments(target_path, data, tmp_path / "whole")) == 0
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["vllm-eagle", *words])
+        kill_at(patch, 5, number)
+        assert main(words) == status
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    line = capsys.readouterr().err.splitlines()[-1]
+    stopped, command = line.split("; go on with: ")
+    assert stopped == f"vllm-eagle: stopped by {number.name} after step 5, which is saved"
+    assert names(tmp_path / "a head" / "checkpoints") == {"step-00000005"}
+    assert not (tmp_path / "a head" / "model.safetensors").exists()
+    assert shlex.split(command) == ["vllm-eagle", *words, "--resume"]
+    assert main(shlex.split(command)[1:]) == 0
+    assert points(tmp_path / "a head") == points(tmp_path / "whole")
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "a head"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_signal_at_the_last_step_changes_nothing(target_path: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    kill_at(monkeypatch, 8, signal.SIGTERM)
+    assert main(arguments(target_path, data, tmp_path / "head")) == 0
+    assert (tmp_path / "head" / "model.safetensors").exists()
+
+
+def test_who_interrupts_twice_does_not_wait(target_path: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    words = arguments(target_path, data, tmp_path / "head")
+    monkeypatch.setattr(sys, "argv", ["vllm-eagle", *words, "--resume"])
+    with monkeypatch.context() as patch:
+        kill_at(patch, 2, signal.SIGINT, signal.SIGINT)
+        assert main(words) == 130
+    assert "stopped by SIGINT; go on with: vllm-eagle train" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 0  # nothing was saved: from the first step
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = arguments(target_path, data, tmp_path / "head")
+    monkeypatch.setattr(sys, "argv", ["vllm-eagle", *words])
+    monkeypatch.setattr(loop, "load_tokenizer", lambda target: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(words) == 143
+    expected = f"vllm-eagle: stopped by SIGTERM; start again with: {shlex.join(['vllm-eagle', *words])}\n"
+    assert capsys.readouterr().err.endswith(expected)

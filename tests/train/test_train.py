@@ -483,7 +483,7 @@ def test_impossible_settings(tmp_path: Path, changes: dict[str, object], message
 
 
 def test_nothing_to_resume_and_wrong_layers(target_path: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no checkpoint; start without --resume"):
+    with pytest.raises(ValueError, match="holds no run; start without --resume"):
         train(settings(target_path, data, tmp_path / "new", resume=True), progress=False)
     with pytest.raises(ValueError, match=r"--aux-layers .* from 0 to 4"):
         train(settings(target_path, data, tmp_path / "new", "eagle3", aux_layers=(1, 2, 9)), progress=False)

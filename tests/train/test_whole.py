@@ -1,8 +1,10 @@
 """`train` without data: dialogues, head, eval and summary; cut anywhere it goes on."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +135,17 @@ def test_a_run_killed_anywhere_goes_on(target: Path, tmp_path: Path, monkeypatch
     assert lines(run.out / "self" / "dialogues.jsonl") == dialogues
     with pytest.raises(ValueError, match="--resume: --lr differ"):
         whole.train_from_nothing(replace(again, lr=1.0), 20, writes(), progress=False)
+
+
+def test_a_signal_while_dialogues_are_written_says_how_to_go_on(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--target", str(target), "--out", str(tmp_path / "head"), "--self", "20"]
+    monkeypatch.setattr(sys, "argv", ["vllm-eagle", *words])
+    monkeypatch.setattr(own_data, "write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(words) == 143
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"vllm-eagle: stopped by SIGTERM; go on with: vllm-eagle {' '.join(words)} --resume"
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(

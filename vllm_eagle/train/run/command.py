@@ -1,11 +1,13 @@
 """`vllm-eagle train`: options -> TrainSettings. Without --data the target writes the data first: whole.py."""
 
 import argparse
+import os
+import shlex
 import sys
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
-from vllm_eagle.train.run import own_data
+from vllm_eagle.train.run import own_data, resume, stop
 from vllm_eagle.train.run.own_data import DEFAULT_NUMBER
 from vllm_eagle.train.run.settings import DEFAULT_WEIGHTS, TrainSettings
 
@@ -84,6 +86,14 @@ def settings_from(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(target=args.target, data=tuple(args.data or ()), out=args.out, weights=weights, **options)
 
 
+def _stopped(stopped: stop.StoppedError, resumable: bool) -> str:
+    """How to go on after a signal."""
+    words = [word for word in sys.argv[1:] if word != "--resume"] + (["--resume"] if resumable else [])
+    where = "" if stopped.step is None else f" after step {stopped.step}, which is saved"
+    again = "go on" if resumable else "start again"
+    return f"vllm-eagle: stopped by {stopped}{where}; {again} with: {shlex.join(['vllm-eagle', *words])}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Train; prints where the head is and how good."""
     settings = settings_from(args)
@@ -92,22 +102,29 @@ def run(args: argparse.Namespace) -> int:
     number = DEFAULT_NUMBER if args.own is None else args.own
     if args.data is None:
         own_data.check_number(number)
+    try:
+        with stop.raised():
+            print(_run(settings, number if args.data is None else None), end="")
+    except stop.StoppedError as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(_stopped(stopped, args.data is None or resume.holds_run(settings.out)), file=sys.stderr)
+        return 128 + stopped.number
+    return 0
+
+
+def _run(settings: TrainSettings, number: int | None) -> str:
+    """Train, on `number` dialogues of the target's own if there is no data; returns what is to be said, by one process."""
     from transformers.utils import logging
 
     from vllm_eagle.train.run.loop import train
     from vllm_eagle.train.run.whole import train_from_nothing
 
     logging.disable_progress_bar()
-    try:
-        if args.data is None:
-            print(train_from_nothing(settings, number))
-            return 0
-        card = train(settings)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command with --resume goes on with what is in {settings.out}", file=sys.stderr)
-        return 130
-    if card:
-        held_out = card["facts"].get("held_out", {})
-        alphas = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items() if name.startswith("alpha"))
-        print(f"{settings.out}: {card['result']['tokens']:,} tokens in {card['result']['seconds']:,.0f} s. {alphas}")
-    return 0
+    if number is not None:
+        return train_from_nothing(settings, number) + "\n"
+    card = train(settings)
+    if not card:
+        return ""
+    held_out = card["facts"].get("held_out", {})
+    alphas = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items() if name.startswith("alpha"))
+    return f"{settings.out}: {card['result']['tokens']:,} tokens in {card['result']['seconds']:,.0f} s. {alphas}\n"

@@ -9,10 +9,11 @@ state that a checkpoint holds.
 import functools
 import hashlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from vllm_eagle.train.run.build import continued_head, new_head
 from vllm_eagle.train.run.card import RunCard
 from vllm_eagle.train.run.curves import Curves
 from vllm_eagle.train.run.settings import TrainSettings
+from vllm_eagle.train.run.stop import Noted, StoppedError
 
 MOST_HELD_OUT = 256  # examples; more would cost time and say no more
 
@@ -42,7 +44,8 @@ def train(settings: TrainSettings, progress: bool = True) -> dict[str, Any]:
     """Train a head and write it to `settings.out`; returns the run card.
 
     Raises:
-        ValueError: settings, data or target cannot be used.
+        ValueError: settings, data or target cannot be used, or the disk is full.
+        StoppedError: a signal came; the step at which it came is saved.
     """
     run = _Run(settings, progress)
     try:
@@ -50,6 +53,16 @@ def train(settings: TrainSettings, progress: bool = True) -> dict[str, Any]:
     finally:
         if run.cache is not None:
             run.cache.close()
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Since the last point of the curves; part of a checkpoint, which may fall between two."""
+
+    loss: float = 0.0
+    agreed: int = 0
+    counted: int = 0
+    steps: int = 0
 
 
 class _Run:
@@ -96,10 +109,13 @@ class _Run:
         data_hash = file_hash(settings.data)
         self.cache = self._open_cache(rank)
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
+        self.sums = _Sums()
+        self.signals = Noted()
         if resume_from is not None:
             resume.check_same(out, {"data_sha256": data_hash, "processes": world})
             position = checkpoint.load(self.accelerator, resume_from)
             self.step, self.num_tokens, self.seconds = position["step"], position["tokens"], position["seconds"]
+            self.sums = _Sums(**position.get("sums", {}))
         if self.is_main:
             out.mkdir(parents=True, exist_ok=True)
             report.write(out / "data_report.jsonl")
@@ -111,11 +127,15 @@ class _Run:
             print(report.summary(), file=sys.stderr)
 
     def run(self) -> dict[str, Any]:
+        with self.signals.here():
+            self._train()
+        return self._finish()
+
+    def _train(self) -> None:
         settings = self.settings
         stream = self._micro_batches()
         bar = self._bar()
         started, seconds_before, tokens_before = time.perf_counter(), self.seconds, self.num_tokens
-        losses, agreed, counted, num_logged = 0.0, 0, 0, 0
         self.objective.train()
         while self.step < self.num_steps:
             rate = self._rate()
@@ -124,21 +144,22 @@ class _Run:
             batches = [next(stream) for _ in range(settings.accumulate)]
             for batch, share in zip(batches, self._shares(batches), strict=True):
                 outcome = self._learn(batch, share)
-                losses += outcome.loss.item() / settings.accumulate
-                agreed += int(outcome.num_agreed[0])
-                counted += int(outcome.num_positions[0])
+                self.sums.loss += outcome.loss.item() / settings.accumulate
+                self.sums.agreed += int(outcome.num_agreed[0])
+                self.sums.counted += int(outcome.num_positions[0])
                 self.num_tokens += int(batch.lengths.sum()) * self.accelerator.num_processes
             self.step += 1
-            num_logged += 1
+            self.sums.steps += 1
             self.seconds = seconds_before + time.perf_counter() - started
             speed = (self.num_tokens - tokens_before) / (self.seconds - seconds_before)
             if bar is not None:
                 bar.update()
             if self.step % settings.log_every == 0 or self.step == self.num_steps:
-                if not math.isfinite(losses):
-                    raise ValueError(f"the loss is {losses} at step {self.step}; lower --lr and start again")
-                values = {"loss": losses / num_logged, "alpha_0": agreed / max(1, counted), "lr": rate, "tokens_per_s": speed}
-                losses, agreed, counted, num_logged = 0.0, 0, 0, 0
+                sums, self.sums = self.sums, _Sums()
+                if not math.isfinite(sums.loss):
+                    raise ValueError(f"the loss is {sums.loss} at step {self.step}; lower --lr and start again")
+                values = {"loss": sums.loss / sums.steps, "alpha_0": sums.agreed / max(1, sums.counted)}
+                values |= {"lr": rate, "tokens_per_s": speed}
                 if self.is_main:
                     self.curves.add(self.step, "train", values)
                 if bar is not None:
@@ -148,13 +169,24 @@ class _Run:
                 if self.is_main:
                     self.curves.add(self.step, "held_out", measured)
                     self.curves.draw()
-            # Logged sums are not part of a checkpoint, so it must fall on a step that logs.
-            if self.step % _checkpoint_every(settings) == 0 or self.step == self.num_steps:
-                position = {"step": self.step, "tokens": self.num_tokens, "seconds": self.seconds}
+            asked = self._asked_to_stop()
+            if asked or self.step % settings.checkpoint_every == 0 or self.step == self.num_steps:
+                position = {"step": self.step, "tokens": self.num_tokens, "seconds": self.seconds, "sums": asdict(self.sums)}
                 checkpoint.save(self.accelerator, settings.out, position)
+            if asked and self.step < self.num_steps:
+                if bar is not None:
+                    bar.close()
+                raise StoppedError(asked, self.step)
         if bar is not None:
             bar.close()
-        return self._finish()
+
+    def _asked_to_stop(self) -> int:
+        """The signal that this process or another has got, 0 if none: all must stop after the same step."""
+        mine = self.signals.number or 0
+        if self.accelerator.num_processes == 1:
+            return mine
+        total = self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device)).item()
+        return mine or (signal.SIGTERM if total else 0)
 
     def _shares(self, batches: list[Batch]) -> list[float]:
         """Weight of each batch's mean loss, so that every position of the step counts alike, whatever batch it is in."""
@@ -263,10 +295,6 @@ class _Run:
         if held_out:
             self.card.facts["held_out"] = {k: v for k, v in held_out[-1].items() if k not in ("step", "kind")}
         return self.card.finish(self.settings.out, self.num_tokens, self.seconds)
-
-
-def _checkpoint_every(settings: TrainSettings) -> int:
-    return max(1, math.ceil(settings.checkpoint_every / settings.log_every)) * settings.log_every
 
 
 def _split(examples: list[Example], share: float, at_least: int) -> tuple[list[Example], list[Example]]:

@@ -10,7 +10,7 @@ from vllm_eagle.train.run.settings import TrainSettings
 
 
 def check_out(settings: TrainSettings) -> Path | None:
-    """The checkpoint to go on from, if any.
+    """The checkpoint to go on from; None where none was written, so that the run begins with its first step.
 
     Raises:
         ValueError: the folder holds another run, or none where one is to be resumed, or options differ.
@@ -21,8 +21,8 @@ def check_out(settings: TrainSettings) -> Path | None:
         if newest is not None or (settings.out / "model.safetensors").exists():
             raise ValueError(f"--out {settings.out} holds a run already; add --resume to go on with it, or name another folder")
         return None
-    if newest is None:
-        raise ValueError(f"--resume: {settings.out} holds no checkpoint; start without --resume")
+    if not holds_run(settings.out):
+        raise ValueError(f"--resume: {settings.out} holds no run; start without --resume")
     before = _card(settings.out)["settings"]
     changed = [k for k, v in settings.fixed().items() if before.get(k) != json.loads(json.dumps(v))]
     if changed:
@@ -31,6 +31,11 @@ def check_out(settings: TrainSettings) -> Path | None:
             f"--resume: {flags} differ from the run in {settings.out}; resume with the same options, or start a new run"
         )
     return newest
+
+
+def holds_run(out: Path) -> bool:
+    """Whether `--resume` has something to go on from: a run that got as far as its first step."""
+    return (out / CARD).exists()
 
 
 def _card(out: Path) -> dict[str, Any]:
