@@ -16,7 +16,7 @@ import os
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class Case:
     engine: dict[str, Any] = field(default_factory=dict)  # engine arguments; none of trees: plain
     attention: str = "triton"  # or "cpu": vLLM's CPU attention and our operator
     is_async: bool = False
-    patches: tuple[str, ...] = ()  # names of functions below, which break something on purpose
+    patches: tuple[str, ...] = ()  # names of functions in breakages.py
+    audit: bool = False  # record what reads values on the host (audit.py): stats["host_reads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ def _prepare() -> None:
 def _run(case: Case) -> Answers:
     from vllm import LLM, SamplingParams
 
+    from tests.engine.v2 import audit
+
     arguments = ENGINE | case.engine
     with _async(case.is_async), _broken(case.patches):
         if "spec_model" in arguments:
@@ -117,8 +120,11 @@ def _run(case: Case) -> Answers:
         llm = LLM(case.model, **arguments)
         try:
             prompts = [{"prompt_token_ids": ids} for ids in case.prompts]
-            outputs = llm.generate(prompts, [SamplingParams(**params) for params in case.params], use_tqdm=False)
+            with audit.recorded() if case.audit else nullcontext():
+                outputs = llm.generate(prompts, [SamplingParams(**params) for params in case.params], use_tqdm=False)
             stats = llm.collective_rpc("tree_stats")[0] if "spec_model" in arguments else {}
+            if case.audit:
+                stats["host_reads"] = dict(audit.found)
         finally:
             llm.llm_engine.engine_core.shutdown()
     return Answers(

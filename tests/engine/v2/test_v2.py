@@ -111,6 +111,18 @@ def test_eagle3(bed: Bed, tmp_path: Path) -> None:
     assert found.stats["num_verifications"] > 0
 
 
+def test_a_step_waits_for_nothing(bed: Bed, plain: tuple[Case, Answers]) -> None:
+    """What is read is on the host already: bounds on lengths, and where the rows of requests begin."""
+    asked, expected = plain
+    found = bed.run(with_trees(asked, trees(), attention="triton", is_async=True, audit=True))
+    assert found.token_ids == expected.token_ids
+    assert {line.rpartition(":")[0] for line in found.stats["host_reads"]} <= {
+        "attention/tree_impl.py attach_prefix",
+        "engine/v2/runner.py _attach",
+        "engine/v2/speculator.py _level_pass",
+    }
+
+
 @pytest.mark.parametrize("broken", some(["no_compaction", "causal_trees", "positions_by_row"], "no_compaction"))
 def test_breaking_the_engine_is_noticed(bed: Bed, plain: tuple[Case, Answers], broken: str) -> None:
     asked, expected = plain

@@ -49,6 +49,7 @@ class TreeSpeculator(EagleSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, config: TreeConfig, owner: Owner):
         super().__init__(vllm_config, device)
         self._config, self._owner = config, owner
+        self.use_acceptance_estimator = False  # vLLM's, for adaptive verification; it takes what was accepted for a chain
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """As vLLM's; then know what the head can draft."""
