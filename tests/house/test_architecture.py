@@ -31,7 +31,7 @@ ROOMS = {
     "__init__": "algorithm llm options",
     # heads: made and measured without vLLM; regenerate writes answers, or whole dialogues, with it
     "train": "",
-    "train/features": "",
+    "train/features": "files",
     "train/data": "files",
     "train/head": "files heads train/features",
     "train/run": "algorithm evaluate files heads train/data train/features train/head train/regenerate",

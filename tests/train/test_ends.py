@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.models import random_target
 from tests.train.test_train import METHODS, head_for, points, settings
@@ -22,7 +22,7 @@ from vllm_eagle import files
 from vllm_eagle.cli import main
 from vllm_eagle.pair import HEAD
 from vllm_eagle.train.features.target import FrozenTarget
-from vllm_eagle.train.head.files import save_head
+from vllm_eagle.train.head.files import load_head, save_head
 from vllm_eagle.train.regenerate.journal import Journal
 from vllm_eagle.train.run import loop
 from vllm_eagle.train.run.loop import train
@@ -105,6 +105,12 @@ def test_training_on_a_full_disk_keeps_the_checkpoints_before(target_path: Path,
         train(replace(run, out=tmp_path / "other"), progress=False)
     assert "\n" not in str(caught.value)
     assert not names(tmp_path / "other" / "checkpoints")
+
+
+def test_features_that_find_no_room_are_named(target_path: Path, data: Path, tmp_path: Path) -> None:
+    run = settings(target_path, data, tmp_path / "head", cache_dir=tmp_path / "cache", cache_gb=0.01)
+    with disk_with_room_for(20_000), pytest.raises(ValueError, match=r"features\.0\.bin: cannot be written \(File too large\)"):
+        train(run, progress=False)
 
 
 def test_a_journal_that_finds_no_room_goes_on_later(tmp_path: Path) -> None:
@@ -210,3 +216,41 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     assert main(words) == 143
     expected = f"vllm-eagle: stopped by SIGTERM; start again with: {shlex.join(['vllm-eagle', *words])}\n"
     assert capsys.readouterr().err.endswith(expected)
+
+
+# Weights that are no numbers, or torn
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_target_with_nan_is_named_with_its_tensor(tmp_path: Path, name: str) -> None:
+    target = random_target(tmp_path / "target")
+    weights = load_file(target / "model.safetensors")
+    weights[name][300 % len(weights[name]), 7] = float("nan")  # of the embedding a token that nothing asks for
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"target .*target: {name} holds NaN or infinity; download the model again") as caught:
+        FrozenTarget(target, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_with_nan_is_named_with_its_tensor(target_path: Path, tmp_path: Path, method: str) -> None:
+    target = FrozenTarget(target_path, torch.float32)
+    save_head(head_for(target, method, torch.arange(100)[None]), tmp_path / "head", torch.float32)
+    weights = load_file(tmp_path / "head" / "model.safetensors")
+    name = min(name for name, weight in weights.items() if weight.ndim == 2)
+    weights[name][0, 0] = float("inf")
+    save_file(weights, tmp_path / "head" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"--head .*head: {name} holds NaN or infinity"):
+        load_head(tmp_path / "head", target)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_torn_target_is_named_in_one_line(tmp_path: Path, data: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torn = random_target(tmp_path / "target") / file
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    assert main(["train", "--target", str(torn.parent), "--data", str(data), "--out", str(tmp_path / "head")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vllm-eagle: target {torn.parent}: ")
+    assert error.count("\n") == 1
+    if file == "model.safetensors":
+        assert f"{torn} is broken (" in error

@@ -37,7 +37,7 @@ def write_answers(
 ) -> list[Text]:
     """Answer every prompt greedily, or sample as vLLM's CPU sampler does."""
     texts: list[Text | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order, end_tokens = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), target.end_tokens
     for first in range(0, len(order), batch):
         chosen = order[first : first + batch]
         seeds = torch.zeros(len(chosen), max_tokens + margin, dtype=torch.long)
@@ -47,7 +47,7 @@ def write_answers(
         answers = _decode(target, [prompts[i] for i in chosen], seeds, temperature, on_token)
         for row, i in enumerate(chosen):
             answer = answers[row].tolist()
-            ends = [k + 1 for k, token in enumerate(answer[:max_tokens]) if token in _end_tokens(target)]
+            ends = [k + 1 for k, token in enumerate(answer[:max_tokens]) if token in end_tokens]
             num_answer = ends[0] if ends else max_tokens
             kept = num_answer + margin
             texts[i] = Text(prompts[i] + answer[:kept], len(prompts[i]), num_answer, seeds[row, :kept])
@@ -78,12 +78,6 @@ def _decode(
         positions = positions[:, -1:] + 1
         on_token()
     return torch.cat(tokens, 1).cpu()
-
-
-def _end_tokens(target: FrozenTarget) -> set[int]:
-    config = getattr(target.model, "generation_config", None) or target.config
-    ends = config.eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_eagle import files
 from vllm_eagle.train.features.target import Features
 
 
@@ -87,18 +88,22 @@ class FeatureCache:
         return Features(last, fused)
 
     def put(self, key: int, features: Features, length: int) -> None:
-        """Keep the first `length` positions of features [1, >= length, width], if there is room."""
+        """Keep the first `length` positions of features [1, >= length, width], if there is room.
+
+        Raises:
+            ValueError: the disk is full before `max_bytes` are written.
+        """
         widths, dtype = [features.last.shape[-1], features.fused.shape[-1]], str(features.last.dtype).removeprefix("torch.")
         entry = _Entry(self._rank, self._end, length, widths, dtype)
         if key in self._entries or self._end + entry.size > self._max_bytes:
             return
         both = torch.cat([features.last, features.fused], dim=-1)[0, :length].contiguous().cpu()
         data, index = self._files(self._rank)
-        with data.open("r+b") as file:
+        with files.writing(data), data.open("r+b") as file:
             file.seek(self._end)
             file.write(both.view(torch.uint8).numpy().tobytes())
         # The index follows the data: an entry without complete data cannot exist.
-        with index.open("a") as lines:
+        with files.writing(index), index.open("a") as lines:
             lines.write(json.dumps([key, self._end, length, widths, dtype]) + "\n")
         self._entries[key] = entry
         self._end += entry.size

@@ -26,7 +26,7 @@ class FrozenTarget:
     """A decoder from transformers, in evaluation mode and without gradients.
 
     Raises:
-        ValueError: there is no such model, or it is no decoder whose LM head reads the features that vLLM gives to heads.
+        ValueError: there is no such model, it is broken, or no decoder whose LM head reads the features that vLLM gives to heads.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"):
@@ -37,8 +37,10 @@ class FrozenTarget:
         check_config(self.config, self.path)
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, KeyError) as error:
-            raise ValueError(f"target {path}: transformers cannot load it ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # of transformers, safetensors or torch, each with classes of its own
+            torn = _torn_file(Path(path))
+            where = f"{path}/{torn} is broken" if torn else "transformers cannot load it"
+            raise ValueError(f"target {path}: {where} ({_first_line(error)})") from None
         self.model = model.to(device).eval().requires_grad_(False)
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
@@ -51,7 +53,15 @@ class FrozenTarget:
         self.layers: nn.ModuleList = layers
         self.lm_head: Any = lm_head
         self.embed: Any = self.model.get_input_embeddings()
+        self._check_finite()
         self._check_logits()
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Tokens after which a server ends an answer."""
+        config = getattr(self.model, "generation_config", None) or self.config
+        ends = config.eos_token_id
+        return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
 
     @property
     def device(self) -> torch.device:
@@ -89,17 +99,42 @@ class FrozenTarget:
         fused = torch.cat([seen[i] for i in aux_layers], dim=-1) if aux_layers else last[..., :0]
         return Features(last, fused)
 
+    def _check_finite(self) -> None:
+        """One NaN in a rare token's embedding would show itself hours later."""
+        for name, tensor in self.model.named_parameters():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"target {self.path}: {name} holds NaN or infinity; download the model again")
+
     @torch.no_grad()
     def _check_logits(self) -> None:
         """The LM head on the last features must give the model's logits: no scaling or capping in between."""
         ids = torch.arange(1, 9, device=self.device)[None] % self.config.vocab_size
         ours = self.lm_head(self.features(ids).last).float()
         theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not bool(torch.isfinite(theirs).all()):
+            raise ValueError(f"target {self.path}: its logits are no numbers in {self.dtype}; give another --dtype")
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
             raise ValueError(
                 f"target {self.path}: {type(self.model).__name__} scales or caps its logits after the LM head, so a head cannot "
                 "learn them from features; targets like Llama, Qwen2, Qwen3 and Mistral work"
             )
+
+
+def _torn_file(folder: Path) -> str | None:
+    """The first weight file that cannot be opened, for errors that do not name it."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file.name
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def load_config(path: str | Path) -> Any:
@@ -113,7 +148,7 @@ def load_config(path: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"target {path}: transformers cannot read its config ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"target {path}: transformers cannot read its config ({_first_line(error)})") from None
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -126,8 +161,8 @@ def load_tokenizer(path: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"target {path}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a torn tokenizer.json raises a bare one
+        raise ValueError(f"target {path}: no tokenizer that transformers can load ({_first_line(error)})") from None
 
 
 def check_config(config: Any, path: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from vllm_eagle import files
@@ -72,8 +73,11 @@ def _load_medusa(path: Path, config: dict[str, Any], target: FrozenTarget) -> He
     head = MedusaHead(head_config(target.config), target.embed, target.lm_head, num_heads)
     try:
         head.load_state_dict(load_file(path / "model.safetensors"))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"--head {path}: no Medusa heads for {target.path} ({str(error).splitlines()[0]})") from None
+    for name, tensor in head.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"--head {path}: {name} holds NaN or infinity; train it again")
     return head
 
 

@@ -9,8 +9,8 @@ from types import FrameType
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-class StoppedError(Exception):
-    """A signal has ended the run; `step` is the one that was saved for it, if any."""
+class StoppedError(BaseException):
+    """A signal has ended the run, as KeyboardInterrupt does; `step` is the one that was saved for it, if any."""
 
     def __init__(self, number: int, step: int | None = None):
         super().__init__(signal.Signals(number).name)
