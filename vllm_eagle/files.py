@@ -6,12 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class WriteError(ValueError):
+    """A file cannot be written: `filename`, and `strerror` says why."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path}: cannot be written ({reason})")
+        self.filename, self.strerror = path, reason
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name in the same folder to write to. It becomes `path` if the block ends well; if not, `path` stays what it was.
 
     Raises:
-        ValueError: it cannot be written.
+        WriteError: it cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -28,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole text in UTF-8.
 
     Raises:
-        ValueError: it cannot be written.
+        WriteError: it cannot be written.
     """
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
@@ -39,14 +47,14 @@ def writing(path: Path) -> Iterator[None]:
     """Says of whatever goes wrong in the block that it was meant for `path`.
 
     Raises:
-        ValueError: in place of the error of the system, or of a library that writes.
+        WriteError: in place of the error of the system, or of a library that writes.
     """
     try:
         yield
     except ValueError:
         raise
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise WriteError(path, str(error.strerror or error)) from None
     except Exception as error:  # torch and safetensors raise errors of their own, which say little
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: cannot be written ({reason}); is the disk full?") from None
+        raise WriteError(path, f"{reason}; is the disk full?") from None

@@ -28,7 +28,7 @@ class LLM(vllm.LLM):
         tree: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        settings = engine_args(head, num_draft_tokens, **(tree or {}))
+        settings = engine_args(head, num_draft_tokens, model, **(tree or {}))
         settings["additional_config"] = (kwargs.pop("additional_config", None) or {}) | settings["additional_config"]
         for name in settings.keys() & kwargs.keys():
             raise ValueError(f"{name} is set by vllm_eagle.LLM; remove it, or use vllm.LLM with the options in the README")

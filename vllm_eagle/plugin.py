@@ -102,7 +102,7 @@ def _ask_for_trees(args: Any) -> None:
         raise ValueError(f"worker_cls={args.worker_cls} contradicts draft trees, which need their own worker; remove it")
     if args.async_scheduling:
         raise ValueError("async_scheduling=true contradicts draft trees; remove it")
-    args.speculative_config = speculative_settings(settings, options)
+    args.speculative_config = speculative_settings(settings, options, None if args.hf_overrides else args.model)
     if args.scheduler_cls not in (None, SCHEDULER):
         raise ValueError(f"scheduler_cls={args.scheduler_cls} contradicts draft trees, which need their own scheduler; remove it")
     devices.fill_in(args)

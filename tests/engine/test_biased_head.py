@@ -1,4 +1,4 @@
-"""A head as SafeAILab publishes them for LLaMA-2, fc.bias and all, is converted and drafts trees in vLLM."""
+"""A head as SafeAILab publishes them for LLaMA-2, fc.bias and all, drafts trees in vLLM."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
 from tests.heads import heads
 from vllm_eagle import plugin
-from vllm_eagle.cli import main
 from vllm_eagle.engine.biased_head import EagleBiasedLlamaForCausalLM
+from vllm_eagle.heads import served
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE
 
 LIKED = 77
@@ -45,15 +45,17 @@ def loaded(worker: Any) -> dict[str, Any]:
     }
 
 
-def test_a_converted_head_drafts_with_its_bias(random_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_head_as_safeailab_publishes_it_drafts_with_its_bias(
+    random_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "cache", lambda: tmp_path / "cache")
     target = random_models["target"]
-    source, head = head_that_its_bias_decides(target, tmp_path / "theirs"), tmp_path / "ours"
-    assert main(["convert", str(source), str(head), "--target", str(target)]) == 0
+    source = head_that_its_bias_decides(target, tmp_path / "theirs")
     params = [SamplingParams(temperature=t, seed=i, max_tokens=24, ignore_eos=True) for i, t in enumerate((0.0, 1.0, 0.7))]
     always = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logit_bias={LIKED: 1000.0})
     with engine(target) as llm:
         plain = tokens(generate(llm, PROMPTS, params))
-    with engine(target, **trees(head, 8)) as llm:
+    with engine(target, **trees(source, 8)) as llm:
         assert tokens(generate(llm, PROMPTS, params)) == plain
         found = llm.collective_rpc(loaded)[0]
         before = tree_stats(llm)

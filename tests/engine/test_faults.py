@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
 from vllm_eagle.engine.v1 import runner
 from vllm_eagle.engine.v1.proposer import EagleTreeProposer
+from vllm_eagle.heads import served
 
 PROMPTS = [list(range(3 * i + 1, 3 * i + 12 + i)) for i in range(6)]
 PARAMS = [SamplingParams(temperature=i % 2, seed=i, max_tokens=24, ignore_eos=True) for i in range(6)]
@@ -60,7 +61,8 @@ def test_a_head_that_yields_nan_changes_nothing(random_models: dict[str, Path], 
     head = tmp_path / "eagle3-nan" if kind == "eagle3" else tmp_path / "nan"
     shutil.copytree(random_models[kind], head)
     weights = load_file(head / "model.safetensors")
-    weights["fc.weight"] = torch.full_like(weights["fc.weight"], float("nan"))
+    # A file with NaN in it is refused; products of these overflow, and infinities of both signs add up to NaN.
+    weights["fc.weight"] = torch.full_like(weights["fc.weight"], torch.finfo(torch.float32).max)
     save_file(weights, head / "model.safetensors")
     outputs = []
     for changes in ({}, trees(head)):
@@ -104,7 +106,10 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(random_models: dict
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_head_of_tensors_in_a_pickle_works(random_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_head_of_tensors_in_a_pickle_works(
+    random_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "cache", lambda: tmp_path / "cache")
     head = tmp_path / "head"
     shutil.copytree(random_models["eagle"], head)
     torch.save(load_file(head / "model.safetensors"), head / "pytorch_model.bin")

@@ -25,8 +25,8 @@ from vllm_eagle.evaluate.accuracy import Accuracy, _count
 from vllm_eagle.evaluate.command import EvalSettings, evaluate, kind_table
 from vllm_eagle.evaluate.simulate import Replay, _Levels, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
-from vllm_eagle.heads.checkpoint import tensor_names
-from vllm_eagle.heads.formats import conversion_reason, read_config
+from vllm_eagle.heads.formats import read_config, read_head
+from vllm_eagle.heads.judge import judge
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head, save_head
@@ -166,7 +166,7 @@ def test_heads_of_other_formats_are_read(random_models: dict[str, Path], tmp_pat
     assert other.target_ids.tolist() == (torch.arange(len(weights["d2t"])) + weights["d2t"]).tolist()
     for name, head in (("biased", biased), ("other", other)):  # what is written again vLLM reads as it is
         save_head(head, tmp_path / name, torch.float32)
-        assert conversion_reason(read_config(tmp_path / name), tensor_names(tmp_path / name)) is None
+        assert judge(read_head(tmp_path / name), None).verdict == "fits"
         again = load_head(tmp_path / name, target)
         assert all(torch.equal(value, again.state_dict()[key]) for key, value in head.state_dict().items())
     assert read_config(tmp_path / "other")["num_aux_hidden_states"] == 3

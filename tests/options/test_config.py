@@ -12,7 +12,8 @@ from tests import models
 from tests.engine.engines import ENGINE, trees
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.engine import seams, support
-from vllm_eagle.options.engine_args import engine_args, head_method
+from vllm_eagle.options.engine_args import engine_args, serve_head
+from vllm_eagle.pair import HEAD
 
 # From 0.33 on vLLM refuses it, before we can.
 SMALL_STEP = "max_num_batched_tokens is 16" if seams.known_version() == "0.32" else "max_num_batched_tokens=16 and num_lookahead"
@@ -49,17 +50,17 @@ def test_bad_node_counts_are_named(count: Any) -> None:
 
 
 def test_heads_are_told_apart_by_their_config(random_models: dict[str, Path]) -> None:
-    assert head_method(random_models["eagle"]) == "eagle"
-    assert head_method(random_models["eagle3"]) == "eagle3"
+    assert serve_head(random_models["eagle"]) == (str(random_models["eagle"]), "eagle")
+    assert serve_head(random_models["eagle3"]) == (str(random_models["eagle3"]), "eagle3")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         (None, "no such folder"),
-        ({}, "config.json is missing"),
-        ({"config.json": "{"}, "config.json is no JSON"),
-        ({"config.json": "{}"}, r"no weights \(\*.safetensors\)"),
+        ({}, "config.json: missing"),
+        ({"config.json": "{"}, "config.json: no JSON"),
+        ({"config.json": "{}"}, r"no weights \(\*.safetensors or"),
     ],
 )
 def test_a_missing_or_broken_head_is_named(files: dict[str, str] | None, message: str, tmp_path: Path) -> None:
@@ -85,11 +86,9 @@ def pair(random_models: dict[str, Path]) -> dict[str, Any]:
 
 
 def test_a_head_of_another_size_is_refused(random_models: dict[str, Path], tmp_path: Path) -> None:
-    for change, words in (({"hidden_size": 64}, "takes features of size 64"), ({"vocab_size": 256}, "has a vocabulary of 256")):
-        head = models.random_eagle1_head(tmp_path / words.split()[-1], **change)
-        message = refused(random_models["target"], **trees(head))
-        assert words in message
-        assert "set speculative_config.model to a head trained for this target" in message
+    other = models.random_eagle1_head(tmp_path / "head", vocab_size=256)
+    for head, words in ((HEAD, "it takes features of size 384, the target has 128"), (other, "its vocabulary has 256 tokens")):
+        assert words in refused(random_models["target"], **trees(head))
 
 
 def test_an_eagle3_head_that_names_impossible_layers_is_refused(random_models: dict[str, Path], tmp_path: Path) -> None:
@@ -97,7 +96,8 @@ def test_an_eagle3_head_that_names_impossible_layers_is_refused(random_models: d
     settings = json.loads((head / "config.json").read_text())
     del settings["eagle_aux_hidden_state_layer_ids"]  # vLLM would guess layers 2, 2 and 1 of four
     (head / "config.json").write_text(json.dumps(settings))
-    assert "set eagle_aux_hidden_state_layer_ids" in refused(random_models["target"], **trees(head))
+    words = "it would by default read layers [2, 2, 1] of a target with 4; name others with --aux-layers"
+    assert words in refused(random_models["target"], **trees(head))
 
 
 @pytest.mark.parametrize(

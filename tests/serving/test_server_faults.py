@@ -52,8 +52,8 @@ def other_vocabulary(head: Path) -> None:
 BROKEN_HEADS: list[tuple[Callable[[Path], None], str]] = [
     (truncated, "{head}/model.safetensors: no readable safetensors file"),
     (missing, "speculative model {head}: no such folder; set spec_model"),
-    (broken_config, "speculative model {head}: config.json is no JSON"),
-    (other_vocabulary, "{head} has a vocabulary of 5000, {target} one of 4096; set speculative_config.model"),
+    (broken_config, "speculative model {head}/config.json: no JSON"),
+    (other_vocabulary, "speculative model {head}: its vocabulary has 5000 tokens, the target's 4096"),
 ]
 
 

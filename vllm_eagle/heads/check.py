@@ -1,64 +1,22 @@
 """Is a head whole, does it fit a target, and what is odd about it? Every finding is one sentence without the head's name."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
-from vllm_eagle.heads import checkpoint
-from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP, Head, in_vllms_order
+from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP, NORM_TENSORS, Head, in_vllms_order, said_of_norm
+from vllm_eagle.heads.target import Target
 
-EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "model.language_model.embed_tokens.weight")
-LM_HEADS = ("lm_head.weight", "model.lm_head.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a head must know of its target."""
-
-    path: Path
-    architectures: tuple[str, ...]
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    max_positions: int | None
-
-    @classmethod
-    def read(cls, folder: Path) -> "Target":
-        """Read a target's config.json.
-
-        Raises:
-            ValueError: no such folder, or its config lacks a size.
-        """
-        config = checkpoint.read_config(folder)
-        settings = config.get("text_config", config)  # multimodal models keep the language model's settings there
-        missing = [name for name in ("hidden_size", "vocab_size", "num_hidden_layers") if not isinstance(settings.get(name), int)]
-        if missing:
-            raise ValueError(f"--target {folder}: config.json lacks {', '.join(missing)}; give the folder of a language model")
-        return cls(
-            path=folder,
-            architectures=tuple(config.get("architectures") or ()),
-            hidden_size=settings["hidden_size"],
-            vocab_size=settings["vocab_size"],
-            num_layers=settings["num_hidden_layers"],
-            max_positions=settings.get("max_position_embeddings"),
-        )
-
-    @property
-    def default_aux_layers(self) -> tuple[int, int, int]:
-        """The layers that EAGLE-3's authors, and vLLM, read if none are named."""
-        return (2, self.num_layers // 2, self.num_layers - 3)
-
-    def tensor(self, names: tuple[str, ...]) -> torch.Tensor | None:
-        """One of the target's weights, under the first of these names that it has."""
-        found = checkpoint.read_tensors(self.path, only=names)
-        return next((found[name] for name in names if name in found), None)
-
-    def lm_head(self) -> torch.Tensor | None:
-        """[vocab, hidden], or None; the embedding stands in where the two are tied."""
-        found = self.tensor(LM_HEADS)
-        return self.tensor(EMBEDDINGS) if found is None else found
+# Rotary embeddings that transformers and vLLM both know, and what they need to be told.
+_ROPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
 
 def expected(head: Head) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -85,6 +43,7 @@ def expected(head: Head) -> dict[str, tuple[tuple[int, ...], bool]]:
         if head.model_type == "qwen3":
             shapes |= {f"layers.{i}.self_attn.{name}.weight": ((head.head_dim,), True) for name in ("q_norm", "k_norm")}
     if not eagle3:
+        shapes["lm_head.weight"] = ((head.vocab_size, hidden), False)  # if it is a copy of the target's: see lm_head_problems
         return shapes | {"fc.weight": ((hidden, 2 * hidden), True), "fc.bias": ((hidden,), head.declared_fc_bias is True)}
     reduced, features = head.draft_vocab_size != head.vocab_size, head.num_aux * head.target_hidden_size
     shapes |= {
@@ -106,7 +65,7 @@ def expected(head: Head) -> dict[str, tuple[tuple[int, ...], bool]]:
 def problems(head: Head) -> list[str]:
     """Why the head cannot be what it claims to be; empty if it can."""
     shapes = expected(head)
-    found = _aux_problems(head)
+    found = [*_aux_problems(head), *_setting_problems(head), *_norm_problems(head)]
     found += [_unknown(head, name) for name in sorted(head.tensors.keys() - shapes.keys())]
     missing = sorted(name for name, (_, needed) in shapes.items() if needed and name not in head.tensors)
     found += [f"{_listed(missing)} missing from the weights; get the whole head"] if missing else []
@@ -123,15 +82,62 @@ def problems(head: Head) -> list[str]:
             found.append(f"{name} holds NaN or infinity; get or train the head again")
     if head.declared_fc_bias is False and head.fc_bias:
         found.append('config.json says "bias": false but there is an fc.bias; correct config.json')
+    if head.model_type == "qwen3" and (head.has_bias("o") or head.has_bias("mlp")):
+        found.append("biases of o_proj or the MLP beside q_norm and k_norm, which no loader of EAGLE-3 heads knows; get it again")
+    elif head.kind == "EAGLE-3" and head.model_type == "llama" and head.has_bias("qkv") != head.has_bias("o"):
+        found.append("biases in only one of q, k, v and o_proj, which no loader of EAGLE-3 heads knows; get it again")
     return found or _vocabulary_problems(head)
 
 
+def _setting_problems(head: Head) -> list[str]:
+    """What no loader can build a layer from."""
+    found = []
+    rope: Mapping[str, Any] = head.layer["rope_parameters"]
+    kind = rope["rope_type"]
+    if kind not in _ROPES:
+        found.append(f"a rotary embedding of type {kind!r}; set rope_type to one of {', '.join(_ROPES)}")
+    elif missing := [name for name in _ROPES[kind] if name not in rope]:
+        found.append(f"a rotary embedding of type {kind} without {', '.join(missing)}; add it to config.json")
+    for name, value in {"rope_theta": rope["rope_theta"], "rms_norm_eps": head.layer["rms_norm_eps"]}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            found.append(f"{name} is {value!r}, not a number above 0; correct config.json")
+    positions = head.layer["max_position_embeddings"]
+    if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
+        found.append(f"max_position_embeddings is {positions!r}, not a positive integer; correct config.json")
+    if head.layer["hidden_act"] != "silu":
+        found.append(f"hidden_act is {head.layer['hidden_act']!r}; the layers of EAGLE heads are known with silu only")
+    if head.num_heads % head.num_kv_heads:
+        found.append(f"num_attention_heads {head.num_heads} is no multiple of num_key_value_heads {head.num_kv_heads}; correct it")
+    if head.head_dim % 2:
+        found.append(f"head_dim {head.head_dim} is odd, and a rotary embedding turns pairs; correct config.json")
+    return found
+
+
+def _norm_problems(head: Head) -> list[str]:
+    return [
+        f'{name} is in the weights, but config.json says "{flag}": false; set it to true'
+        for flag, name in NORM_TENSORS.items()
+        if head.kind == "EAGLE-3" and name in head.tensors and said_of_norm(head.config, flag) is False
+    ]
+
+
+def lm_head_problems(head: Head, target: Target | None) -> list[str]:
+    """Whether an LM head in an EAGLE-1 head is the target's, with which such heads draft; then nobody needs it."""
+    if head.kind == "EAGLE-3" or "lm_head.weight" not in head.tensors:
+        return []
+    if target is None:
+        return ["lm_head.weight in an EAGLE-1 head, which drafts with the target's; give --target, to see whether it is a copy"]
+    own, theirs = head.tensors["lm_head.weight"], target.lm_head()
+    if theirs is None:
+        return [f"lm_head.weight in an EAGLE-1 head, and {target.path} has none to compare it with; drop it if it is a copy"]
+    theirs = theirs[: len(own)]
+    # A copy may have been rounded to the head's type, or the target to its own.
+    if own.shape == theirs.shape and (torch.equal(own, theirs.to(own.dtype)) or torch.equal(own.to(theirs.dtype), theirs)):
+        return []
+    return [f"lm_head.weight is not {target.path}'s, with which an EAGLE-1 head drafts; get a head for this target"]
+
+
 def _unknown(head: Head, name: str) -> str:
-    if head.kind == "EAGLE-1" and name == "lm_head.weight":
-        return (
-            "lm_head.weight in an EAGLE-1 head, which drafts with the target's own, and vLLM has no place for it; give --target, "
-            "and convert drops it if it is a copy"
-        )
     if head.kind == "EAGLE-1" and name == "layers.0.input_layernorm.weight":
         return (
             "layers.0.input_layernorm.weight in an EAGLE-1 head, whose first layer has no input norm; the head is of another design"
@@ -149,7 +155,8 @@ def _aux_problems(head: Head) -> list[str]:
             f"fc.weight reads {width} features, no multiple of the target's {head.target_hidden_size}; correct target_hidden_size"
         ]
     if head.aux_layers is None:
-        return []
+        unnamed = f"it reads {head.num_aux} layers of the target and names none; name them with --aux-layers"
+        return [unnamed] if head.num_aux != 3 else []
     if len(head.aux_layers) != head.num_aux:
         return [f"{AUX_LAYERS} names {len(head.aux_layers)} layers, fc.weight reads {head.num_aux}; name as many (--aux-layers)"]
     if not in_vllms_order(head.aux_layers) or min(head.aux_layers) < 0:
@@ -180,15 +187,13 @@ def _vocabulary_problems(head: Head) -> list[str]:
 
 def misfits(head: Head, target: Target) -> list[str]:
     """Why the head cannot draft for this target; empty if its sizes fit."""
-    reasons = []
+    reasons = target.problems()
     if head.target_hidden_size != target.hidden_size:
         reasons.append(f"it takes features of size {head.target_hidden_size}, the target has {target.hidden_size}")
     if head.vocab_size != target.vocab_size:
         reasons.append(f"its vocabulary has {head.vocab_size} tokens, the target's {target.vocab_size}")
     if head.kind == "EAGLE-1":
         return reasons
-    if head.aux_layers is None and head.num_aux != 3:
-        return [*reasons, f"it reads {head.num_aux} layers of the target and names none; name them with --aux-layers"]
     layers = target.default_aux_layers if head.aux_layers is None else head.aux_layers
     if min(layers) < 0 or max(layers) > target.num_layers or len(set(layers)) < len(layers):
         whose = "would by default read" if head.aux_layers is None else "reads"
@@ -199,8 +204,6 @@ def misfits(head: Head, target: Target) -> list[str]:
 def oddities(head: Head, target: Target | None) -> list[str]:
     """What a user should know that is not wrong."""
     odd = []
-    if head.unservable:
-        odd.append(f"vLLM cannot serve this folder: {head.unservable}; run vllm-eagle convert")
     if head.files[0].endswith(".bin"):
         odd.append(f"{head.files[0]} is a pickle; vllm-eagle convert writes safetensors")
     if head.fc_bias:

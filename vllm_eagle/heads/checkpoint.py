@@ -5,6 +5,7 @@ Pickles are read by torch's restricted unpickler, which builds tensors and runs 
 
 import json
 import pickle
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+COMPANIONS = ("draft_vocab.json",)  # files beside the weights that belong to a head
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -28,6 +30,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder that holds config.json and the weights")
     return _json_object(folder / CONFIG)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is a file with weights."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -138,7 +145,8 @@ def write(folder: Path, config: Mapping[str, Any], tensors: "Mapping[str, torch.
     """Write weights and config.json, each whole or not at all, the weights first: no loader takes them alone for a checkpoint.
 
     Raises:
-        ValueError: the folder is taken or cannot be written.
+        ValueError: the folder is taken.
+        files.WriteError: it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -150,6 +158,17 @@ def write(folder: Path, config: Mapping[str, Any], tensors: "Mapping[str, torch.
     with files.whole(folder / CONFIG) as settings, files.whole(folder / WEIGHTS) as weights:  # the inner one gets its name first
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(owned, weights, metadata={"format": "pt"})
+
+
+def companions(folder: Path) -> list[Path]:
+    """Files of the folder that belong to a head besides config.json and the weights."""
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy them from one head to another."""
+    for file in companions(source):
+        shutil.copy(file, out / file.name)
 
 
 def _json_object(file: Path) -> dict[str, Any]:

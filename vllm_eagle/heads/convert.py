@@ -11,9 +11,13 @@ from typing import Any, Literal
 
 import torch
 
+from vllm_eagle import files
 from vllm_eagle.heads import checkpoint
-from vllm_eagle.heads.check import EMBEDDINGS, Target, misfits, oddities, problems
-from vllm_eagle.heads.formats import AUX_LAYERS, BIASED_ARCHITECTURE, NORM_FLAGS, Head, read_head
+from vllm_eagle.heads.check import oddities
+from vllm_eagle.heads.form import layer_settings, needed_tensors, vllms_form
+from vllm_eagle.heads.formats import AUX_LAYERS, NORM_FLAGS, Head, read_head
+from vllm_eagle.heads.judge import judge
+from vllm_eagle.heads.target import EMBEDDINGS, Target
 
 Destination = Literal["vllm", "safeailab", "speculators"]
 SPECULATORS_VERSION = "0.9.0"  # whose classes load what is written here
@@ -28,91 +32,32 @@ def convert(source: Path, out: Path, to: Destination, target: Path | None, aux_l
     checkpoint.check_output(out)
     head = read_head(source)
     known = None if target is None else Target.read(target)
-    notes: list[str] = []
-    if known is not None:
-        head = _without_copied_lm_head(head, known, notes)
     if aux_layers is not None:
         if head.kind == "EAGLE-1":
             raise ValueError(
                 f"--aux-layers: {source} is an EAGLE-1 head, which reads the target's last feature only; drop the option"
             )
         head = dataclasses.replace(head, aux_layers=tuple(aux_layers), shifted_aux_layers=False)
-    _refuse(source, problems(head))
-    if known is not None:
-        _refuse(f"{source} does not fit {target}", misfits(head, known))
-    if head.kind == "EAGLE-3" and head.aux_layers is None:
-        if known is not None:
-            head = dataclasses.replace(head, aux_layers=known.default_aux_layers)
-            notes.append(f"named no target layers; wrote the usual {list(known.default_aux_layers)}")
-        elif head.num_aux != 3:
-            raise ValueError(f"{source}: reads {head.num_aux} layers of the target and names none; name them with --aux-layers")
-    writer = {"vllm": _to_vllm, "safeailab": _to_safeailab, "speculators": _to_speculators}[to]
-    config, tensors = writer(head, known)
-    checkpoint.write(out, config, tensors)
-    return [*notes, *oddities(dataclasses.replace(head, unservable=None, files=(checkpoint.WEIGHTS,)), known)]
-
-
-def _refuse(subject: object, reasons: list[str]) -> None:
-    if reasons:
-        more = f" (and {len(reasons) - 1} more, which vllm-eagle inspect lists)" if len(reasons) > 1 else ""
-        raise ValueError(f"{subject}: {reasons[0]}{more}")
-
-
-def _without_copied_lm_head(head: Head, target: Target, notes: list[str]) -> Head:
-    """Drop an EAGLE-1 head's LM head if it is the target's, bit for bit; it is never used."""
-    if head.kind != "EAGLE-1" or "lm_head.weight" not in head.tensors:
-        return head
-    own, theirs = head.tensors["lm_head.weight"], target.lm_head()
-    if theirs is None or own.shape != theirs.shape or not torch.equal(own, theirs.to(own.dtype)):
-        raise ValueError(
-            f"{head.path}: lm_head.weight is not {target.path}'s, with which an EAGLE-1 head drafts; get a head for this target"
-        )
-    notes.append("dropped lm_head.weight, a copy of the target's")
-    return dataclasses.replace(head, tensors={k: v for k, v in head.tensors.items() if k != "lm_head.weight"})
-
-
-def _common(head: Head) -> dict[str, Any]:
-    """Settings of the layer, biases apart. The type is that of `fc`; vLLM runs a head in the target's all the same."""
-    return head.layer | {"model_type": head.model_type, "dtype": str(head.tensors["fc.weight"].dtype).removeprefix("torch.")}
-
-
-def _attention_bias(head: Head, reader: str) -> bool:
-    """One setting for q, k, v and o_proj, where the reader's layer knows no other."""
-    if head.has_bias("qkv") != head.has_bias("o"):
-        raise ValueError(
-            f"{head.path}: has biases in only one of q, k, v and o_proj, which {reader} cannot load in an EAGLE-3 head"
-        )
-    return head.has_bias("o")
-
-
-def needed_tensors(head: Head) -> dict[str, torch.Tensor]:
-    """The tensors, d2t and t2d dropped where the vocabulary is whole, and t2d made from d2t where it is missing."""
-    tensors = dict(head.tensors)
-    if head.draft_vocab_size == head.vocab_size:
-        return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-    if "t2d" not in tensors:
-        tensors["t2d"] = torch.zeros(head.vocab_size, dtype=torch.bool)
-        tensors["t2d"][torch.arange(head.draft_vocab_size) + tensors["d2t"].long()] = True
-    return tensors
-
-
-def _to_vllm(head: Head, target: Target | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    config = _common(head) | {"mlp_bias": head.has_bias("mlp")}
-    if head.kind == "EAGLE-1":
-        architecture = BIASED_ARCHITECTURE if head.fc_bias else "EagleLlamaForCausalLM"
-        # vLLM takes o_proj's bias from the one and those of q, k, v from the other.
-        config |= {"architectures": [architecture], "attention_bias": head.has_bias("o"), "qkv_bias": head.has_bias("qkv")}
-        return config, head.tensors
-    config |= {
-        "architectures": [{"llama": "Eagle3LlamaForCausalLM", "qwen3": "Eagle3Qwen3ForCausalLM"}[head.model_type]],
-        "attention_bias": _attention_bias(head, "vLLM"),
-        "draft_vocab_size": head.draft_vocab_size,
-        "num_aux_hidden_states": head.num_aux,  # without it vLLM's Llama class takes 3, whatever layers are named
-        **head.norms,
-    }
-    config |= {"target_hidden_size": head.target_hidden_size} if head.target_hidden_size != head.hidden_size else {}
-    config |= {} if head.aux_layers is None else {AUX_LAYERS: list(head.aux_layers)}
-    return config, needed_tensors(head)
+    found = judge(head, known)
+    refusal = found.refusal()
+    if refusal:
+        raise ValueError(f"{source}{'' if found.wrong else f' does not fit {target}'}: {refusal}")
+    notes = []
+    if head.kind == "EAGLE-3" and head.aux_layers is None and known is not None:
+        head = dataclasses.replace(head, aux_layers=known.default_aux_layers)
+        notes.append(f"named no target layers; wrote the usual {list(known.default_aux_layers)}")
+    if to == "vllm":
+        config, tensors = vllms_form(head)
+    else:
+        config, tensors = {"safeailab": _to_safeailab, "speculators": _to_speculators}[to](head, known)
+    try:
+        checkpoint.write(out, config, tensors)
+        checkpoint.copy_companions(source, out)
+    except (OSError, files.WriteError) as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
+    written = dataclasses.replace(head, files=(checkpoint.WEIGHTS,))
+    mended = [f"mended: {difference}" for difference in found.differences] if to == "vllm" else []
+    return [*notes, *mended, *oddities(written, known)]
 
 
 def _to_safeailab(head: Head, target: Target | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -121,15 +66,15 @@ def _to_safeailab(head: Head, target: Target | None) -> tuple[dict[str, Any], di
         raise ValueError(f"{head.path}: SafeAILab's code cannot load an {head.kind} head with {impossible[0]}; use --to vllm")
     rope = dict(head.layer["rope_parameters"])
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    config = {k: v for k, v in _common(head).items() if k not in ("rope_parameters", "dtype")}
+    config = {k: v for k, v in layer_settings(head).items() if k not in ("rope_parameters", "dtype")}
     config |= {
         "architectures": ["LlamaForCausalLM"],
-        "torch_dtype": _common(head)["dtype"],
+        "torch_dtype": layer_settings(head)["dtype"],
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {"type": kind, "rope_type": kind, **rope},
     }
     if head.kind == "EAGLE-1":
-        tensors = dict(head.tensors)
+        tensors = needed_tensors(head)
         if "embed_tokens.weight" not in tensors:
             embedding = None if target is None else target.tensor(EMBEDDINGS)
             if embedding is None:
@@ -170,7 +115,7 @@ def _to_speculators(head: Head, target: Target | None) -> tuple[dict[str, Any], 
         raise ValueError(f"{head.path}: speculators has no EAGLE-1 heads; use --to vllm or --to safeailab")
     if head.target_hidden_size != head.hidden_size:
         raise ValueError(f"{head.path}: speculators has no EAGLE-3 heads narrower or wider than their target; use --to vllm")
-    layer = _common(head) | {"attention_bias": _attention_bias(head, "speculators"), "mlp_bias": head.has_bias("mlp")}
+    layer = layer_settings(head) | {"attention_bias": head.has_bias("qkv"), "mlp_bias": head.has_bias("mlp")}
     verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
     if target is not None:
         verifier = {"name_or_path": str(target.path.resolve()), "architectures": list(target.architectures)}
@@ -178,7 +123,7 @@ def _to_speculators(head: Head, target: Target | None) -> tuple[dict[str, Any], 
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
         "speculators_version": SPECULATORS_VERSION,
-        "transformer_layer_config": layer | {"head_dim": head.head_dim, "num_key_value_heads": head.num_kv_heads},
+        "transformer_layer_config": layer,
         "draft_vocab_size": head.draft_vocab_size,
         "target_hidden_size": None,
         AUX_LAYERS: None if head.aux_layers is None else list(head.aux_layers),

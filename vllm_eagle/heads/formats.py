@@ -10,8 +10,13 @@ final norm and an LM head of their own, often over a part of the vocabulary: `ta
     specforge    as safeailab                                flat, architecture LlamaForCausalLMEagle3
     speculators  EAGLE-3 only, layers are `layers.N.`        the layer's under `transformer_layer_config`
     vllm         layers are `layers.N.`                      flat; `bias` would mean biases of the attention
+    nested       as vllm                                     the layer's under `model`, as vLLM's converter once wrote them
+
+Where tensors and settings disagree about something that only one of them can be wrong about, tensors are believed: how many layers
+there are, which norms, how many rows of a vocabulary are padding. reading.py tells where vLLM would believe something else.
 """
 
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["EAGLE-1", "EAGLE-3"]
-Format = Literal["vllm", "safeailab", "specforge", "speculators"]
+Format = Literal["vllm", "safeailab", "specforge", "speculators", "nested"]
 
 BIASED_ARCHITECTURE = "EagleBiasedLlamaForCausalLM"  # our class in vLLM's registry: engine/biased_head.py
 # Target and head of bench/recorded/replay_models.py
@@ -37,12 +42,18 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 _NOT_OF_THE_LAYER = {
     *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path"),
     *("bias", "qkv_bias", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "rope_parameters"),
-    *("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", "eagle_config", AUX_LAYERS, *NORM_FLAGS),
+    *("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", "num_aux_layers", "eagle_config", AUX_LAYERS, *NORM_FLAGS),
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 }
 
+# Angles of rotary embeddings, which some versions of transformers stored; every loader computes them.
+_COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+_LAYER = re.compile(r"layers\.(\d+)\.")
+# Tensors that come with a norm, by the setting that switches it on.
+NORM_TENSORS = {"norm_before_fc": "input_norm.weight", "fc_norm": "fc_norm.0.weight"}
+
 # What transformers' LlamaConfig, and SafeAILab's copy of it, take for granted; vLLM reads speculators' settings without them.
-_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,9 @@ class Head:
     kind: Kind
     format: Format
     files: tuple[str, ...]
-    tensors: "dict[str, torch.Tensor]"
+    config: dict[str, Any]  # config.json as it is
+    stored: dict[str, tuple[int, ...]]  # names and shapes in the files
+    tensors: "dict[str, torch.Tensor]"  # under vLLM's names, without rows of padding
     layer: dict[str, Any]  # settings of the decoder layer, by transformers' names, rotary embedding as rope_parameters
     model_type: Literal["llama", "qwen3"]
     hidden_size: int
@@ -69,7 +82,6 @@ class Head:
     shifted_aux_layers: bool  # the checkpoint counts them from one less
     norms: dict[str, bool]  # NORM_FLAGS
     declared_fc_bias: bool | None  # what config.json says, if anything
-    unservable: str | None  # why vLLM cannot load the folder as it is
 
     @property
     def fc_bias(self) -> bool:
@@ -94,43 +106,66 @@ def read_head(folder: Path) -> Head:
         ValueError: unreadable, no EAGLE head, or without the settings that every head has.
     """
     config = read_config(folder)
-    tensors = checkpoint.read_tensors(folder)
+    read = checkpoint.read_tensors(folder)
+    tensors = _named(folder, read)
     kind = _kind(folder, config, tensors.keys())
     files = tuple(file.name for file in checkpoint.weight_files(folder))
-    form = _format(config, kind, tensors.keys(), files)
+    form = _format(config, kind, read.keys(), files)
     settings = _layer_settings(folder, config)
     file = folder / checkpoint.CONFIG
     hidden = _integer(file, settings, "hidden_size")
     heads = _integer(file, settings, "num_attention_heads")
     vocab = _integer(file, settings, "vocab_size")
-    unservable = conversion_reason(config, tensors.keys())
-    aux_layers, shifted = _aux_layers(file, config, kind, tensors.keys())
-    named = {name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name: t for name, t in tensors.items()}
+    drafted = _rows(tensors, "d2t", min(vocab, _rows(tensors, "lm_head.weight", vocab)))
+    draft_vocab = _integer(file, config, "draft_vocab_size", drafted) if kind == "EAGLE-3" else vocab
+    has_qk_norms = kind == "EAGLE-3" and any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+    aux_layers, shifted = _aux_layers(file, config, kind, read.keys())
     return Head(
         path=folder,
         kind=kind,
         format=form,
         files=files,
-        tensors=named,
-        layer=_DEFAULTS
-        | {k: v for k, v in settings.items() if k not in _NOT_OF_THE_LAYER}
+        config=config,
+        stored={name: tuple(tensor.shape) for name, tensor in read.items()},
+        tensors=_without_padding(tensors, {"embed_tokens.weight": vocab, "lm_head.weight": draft_vocab}),
+        layer=DEFAULTS
+        | {k: v for k, v in settings.items() if k not in _NOT_OF_THE_LAYER and v is not None}
         | {"rope_parameters": rope_parameters(settings)},
-        model_type="qwen3" if any(name.endswith("self_attn.q_norm.weight") for name in tensors) else "llama",
+        model_type="qwen3" if has_qk_norms else "llama",
         hidden_size=hidden,
         vocab_size=vocab,
-        num_layers=_integer(file, settings, "num_hidden_layers", 1),
+        num_layers=1 + max(int(match[1]) for name in tensors if (match := _LAYER.match(name))),
         num_heads=heads,
         num_kv_heads=_integer(file, settings, "num_key_value_heads", heads),
         head_dim=_integer(file, settings, "head_dim", hidden // heads),
         intermediate_size=_integer(file, settings, "intermediate_size"),
-        draft_vocab_size=_integer(file, config, "draft_vocab_size", _rows(named, "lm_head.weight", vocab)),
+        draft_vocab_size=draft_vocab,
         target_hidden_size=_integer(file, config, "target_hidden_size", hidden),
         aux_layers=aux_layers,
         shifted_aux_layers=shifted,
-        norms={flag: _norm_flag(file, config, flag) for flag in NORM_FLAGS},
-        declared_fc_bias=config.get("bias") if form == "safeailab" and kind == "EAGLE-1" else None,
-        unservable=unservable,
+        norms={flag: _norm_flag(file, config, flag, tensors.keys()) for flag in NORM_FLAGS},
+        declared_fc_bias=_declared_fc_bias(config, form) if kind == "EAGLE-1" else None,
     )
+
+
+def _named(folder: Path, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """The tensors under vLLM's names: without a prefix that all modules have, which the name of `fc` shows."""
+    prefixes = [name.removesuffix("fc.weight") for name in tensors if name == "fc.weight" or name.endswith(".fc.weight")]
+    prefix = prefixes[0] if len(prefixes) == 1 else ""
+    named = {}
+    for name, tensor in tensors.items():
+        new = name.removeprefix(prefix)
+        new = "layers.0." + new.removeprefix("midlayer.") if new.startswith("midlayer.") else new
+        if new in named:
+            raise ValueError(f"{folder}: {new} is in the weights twice, once as {name}; keep only one of them")
+        if not new.endswith(_COMPUTED):
+            named[new] = tensor
+    return named
+
+
+def _without_padding(tensors: "dict[str, torch.Tensor]", rows: Mapping[str, int]) -> "dict[str, torch.Tensor]":
+    """Without rows that no token has: some trainers round vocabularies up."""
+    return {name: tensor[: rows[name]] if name in rows and tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -140,33 +175,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is missing, broken, or no head's.
     """
     config = checkpoint.read_config(folder)
-    for name, kind in (("transformer_layer_config", dict), ("eagle_config", dict), ("architectures", list)):
+    kinds: dict[str, type] = {"transformer_layer_config": dict, "eagle_config": dict, "architectures": list}
+    kinds |= {"model": dict} if config.get("model_type") == "eagle" else {}
+    for name, kind in kinds.items():
         if name in config and not isinstance(config[name] or kind(), kind):
             raise ValueError(f"{folder / checkpoint.CONFIG}: {name} is {config[name]!r}, not a JSON {kind.__name__}; correct it")
     return config
-
-
-def conversion_reason(config: Mapping[str, Any], names: Set[str]) -> str | None:
-    """Why vLLM cannot serve a head with this config.json and these tensors until it is converted; None if it can."""
-    if "fc.bias" in names and BIASED_ARCHITECTURE not in (config.get("architectures") or []):
-        return "its fc.bias has no place in vLLM's own EAGLE class"
-    if _counts_from_one_less(config, names):
-        return "it counts the target's layers by their own index, vLLM by their outputs, which is one more"
-    settings = config.get("transformer_layer_config") or config
-    # How vLLM's Llama layers read their settings; `bias` there is the attention's, not fc's.
-    attention, either = settings.get("attention_bias", False), settings.get("attention_bias") or settings.get("bias", False)
-    is_eagle3 = any(name.endswith("hidden_norm.weight") for name in names)
-    wanted = {
-        "qkv": attention if is_eagle3 else settings.get("qkv_bias", either),
-        "o": either,
-        "mlp": settings.get("mlp_bias", False),
-    }
-    parts: tuple[tuple[Literal["qkv", "o", "mlp"], str], ...] = (("qkv", "q, k, v"), ("o", "o_proj"), ("mlp", "MLP"))
-    for part, label in parts:
-        if bool(wanted[part]) != _has_bias(names, part):
-            found = "has" if _has_bias(names, part) else "has no"
-            return f"the checkpoint {found} {label} biases, and vLLM would read the opposite from its config.json"
-    return None
 
 
 def rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +188,9 @@ def rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     kind = scaling.pop("type", "default")
     theta = settings.get("rope_theta", 10000.0)
+    if scaling.get("rope_type", kind) in ("llama3", "yarn", "longrope"):
+        trained = settings.get("original_max_position_embeddings") or settings.get("max_position_embeddings")
+        scaling.setdefault("original_max_position_embeddings", trained or DEFAULTS["max_position_embeddings"])
     return {"rope_type": kind, "rope_theta": theta} | scaling
 
 
@@ -183,10 +200,11 @@ def _kind(folder: Path, config: Mapping[str, Any], names: Set[str]) -> Kind:
         raise ValueError(
             f'{folder}: a "{type_of_speculator}" speculator; of the speculators formats only "eagle3" is an EAGLE head'
         )
-    if any(name.endswith("hidden_norm.weight") for name in names) or "d2t" in names:
-        return "EAGLE-3"
-    if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
-        return "EAGLE-1"
+    if any(_LAYER.match(name) for name in names):
+        if any(name.endswith("hidden_norm.weight") for name in names) or "d2t" in names:
+            return "EAGLE-3"
+        if "fc.weight" in names:
+            return "EAGLE-1"
     raise ValueError(
         f"{folder}: no EAGLE head, its weights have neither fc.weight with layers.0 (EAGLE-1) nor a hidden_norm (EAGLE-3); "
         "give the folder of the head, not of a target"
@@ -197,8 +215,10 @@ def _format(config: Mapping[str, Any], kind: Kind, names: Set[str], files: tuple
     architecture = str((config.get("architectures") or [""])[0])
     if "speculators_model_type" in config:
         return "speculators"
+    if nested_settings(config) == "model":
+        return "nested"
     if kind == "EAGLE-3":
-        if not any(name.startswith("midlayer.") for name in names):
+        if not any("midlayer." in name for name in names):
             return "vllm"
         return "specforge" if architecture == "LlamaForCausalLMEagle3" else "safeailab"
     if architecture.startswith("Eagle"):
@@ -207,10 +227,24 @@ def _format(config: Mapping[str, Any], kind: Kind, names: Set[str], files: tuple
     return "safeailab" if in_theirs else "vllm"
 
 
+def nested_settings(config: Mapping[str, Any]) -> str | None:
+    """Under which key config.json keeps the settings of the layer; None: they are at the top."""
+    if config.get("transformer_layer_config"):
+        return "transformer_layer_config"
+    return "model" if config.get("model_type") == "eagle" and config.get("model") else None
+
+
 def _layer_settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    settings: Mapping[str, Any] = config.get("transformer_layer_config") or config
+    nested = nested_settings(config)
+    settings: Mapping[str, Any] = config if nested is None else config[nested]
+    if nested == "model":
+        # Whatever is said at the top again goes before it.
+        settings = {key: config.get(key, value) if key not in _NOT_OF_THE_LAYER else value for key, value in settings.items()}
     if "quantization_config" in config or "quantization_config" in settings:
         raise ValueError(f"{folder}: a quantized head; only unquantized heads are handled, get the original weights")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise ValueError(f"{folder / checkpoint.CONFIG}: {name} is {settings[name]!r}, not a JSON object; correct it")
     if settings.get("use_sliding_window") or "sliding_attention" in (settings.get("layer_types") or []):
         raise ValueError(f"{folder}: a head with sliding-window attention; only full attention is handled")
     return settings
@@ -243,14 +277,24 @@ def _counts_from_one_less(config: Mapping[str, Any], names: Set[str]) -> bool:
     layers = (config.get("eagle_config") or {}).get(AUX_LAYERS)
     if config.get(AUX_LAYERS) or not isinstance(layers, list):
         return False
-    return layers[:1] == [1] and any(name.startswith("midlayer.") for name in names)
+    return layers[:1] == [1] and any("midlayer." in name for name in names)
 
 
-def _norm_flag(file: Path, config: Mapping[str, Any], flag: str) -> bool:
+def _declared_fc_bias(config: Mapping[str, Any], form: Format) -> bool | None:
+    return {"safeailab": config.get("bias"), "nested": config.get("eagle_fc_bias")}.get(form)
+
+
+def _norm_flag(file: Path, config: Mapping[str, Any], flag: str, names: Set[str]) -> bool:
     if flag == "norm_before_residual" and "speculators_model_type" in config and flag not in config:
         raise ValueError(f"{file}: lacks norm_before_residual, and loaders differ in what that means; add true or false")
-    nested = config.get("eagle_config") or {}
-    return bool(nested.get(flag, config.get(flag, False)) if flag == "norm_before_fc" else config.get(flag, False))
+    said = said_of_norm(config, flag)
+    return NORM_TENSORS.get(flag) in names if said is None else bool(said)
+
+
+def said_of_norm(config: Mapping[str, Any], flag: str) -> Any:
+    """What config.json says of one of NORM_FLAGS, where vLLM looks for it; None: nothing."""
+    nested = (config.get("eagle_config") or {}) if flag == "norm_before_fc" else {}
+    return nested.get(flag, config.get(flag))
 
 
 def _integer(file: Path, settings: Mapping[str, Any], name: str, default: int | None = None) -> int:

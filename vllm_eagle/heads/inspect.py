@@ -5,10 +5,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle.heads.check import Target, misfits, oddities, problems
 from vllm_eagle.heads.formats import read_head
+from vllm_eagle.heads.judge import judge
+from vllm_eagle.heads.target import Target
 
 _MAPS = ("d2t", "t2d")
+_WHAT_TO_DO = {"fits after convert": ": vllm serve does it by itself, vllm-eagle convert HEAD NEW_FOLDER for good"}
 
 
 def inspect(folder: Path, target: Path | None) -> dict[str, Any]:
@@ -19,6 +21,7 @@ def inspect(folder: Path, target: Path | None) -> dict[str, Any]:
     """
     head = read_head(folder)
     known = None if target is None else Target.read(target)
+    found = judge(head, known)
     weights = {name: tensor for name, tensor in head.tensors.items() if name not in _MAPS}
     report: dict[str, Any] = {
         "head": str(folder),
@@ -45,12 +48,13 @@ def inspect(folder: Path, target: Path | None) -> dict[str, Any]:
         "own_lm_head": "lm_head.weight" in head.tensors,
         "max_position_embeddings": head.layer.get("max_position_embeddings"),
         "rope": head.layer["rope_parameters"],
-        "wrong": problems(head),
-        "odd": oddities(head, known),
+        "verdict": found.verdict,
+        "wrong": list(found.wrong),
+        "converted": list(found.differences),
+        "odd": list(found.odd),
     }
     if known is not None:
-        reasons = misfits(head, known)
-        report |= {"target": str(known.path), "fits_target": not reasons, "misfits": reasons}
+        report |= {"target": str(known.path), "fits_target": not found.misfits, "misfits": list(found.misfits)}
     return report
 
 
@@ -58,7 +62,7 @@ def run(folder: Path, target: Path | None, as_json: bool) -> int:
     """Print the report; 1 if the head is broken or does not fit the target."""
     report = inspect(folder, target)
     print(json.dumps(report, indent=1) if as_json else _text(report))
-    return int(bool(report["wrong"]) or not report.get("fits_target", True))
+    return int(report["verdict"] == "does not fit")
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -89,6 +93,8 @@ def _text(report: dict[str, Any]) -> str:
     if "target" in report:
         lines.append(("fits", f"{report['target']}: {'yes' if report['fits_target'] else 'NO'}"))
         lines += [("", f"- {reason}") for reason in report["misfits"]]
+    lines.append(("verdict", report["verdict"] + _WHAT_TO_DO.get(report["verdict"], "")))
+    lines += [("converted" if i == 0 else "", f"- {finding}") for i, finding in enumerate(report["converted"])]
     lines += [("wrong" if i == 0 else "", f"- {finding}") for i, finding in enumerate(report["wrong"])]
     lines += [("odd" if i == 0 else "", f"- {finding}") for i, finding in enumerate(report["odd"])]
     return "\n".join(

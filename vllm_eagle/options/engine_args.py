@@ -1,76 +1,89 @@
 """One set of tree options -> vLLM's engine arguments. Used by the offline helper, the plugin and the command line."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm.logger import init_logger
+
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
+from vllm_eagle.heads.served import served
+from vllm_eagle.heads.target import Target
 from vllm_eagle.options.devices import worker_cls
 
+logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
+
+Method = Literal["eagle", "eagle3"]
 SCHEDULER = "vllm_eagle.engine.v1.scheduler.EagleTreeScheduler"
 DEFAULT_DRAFT_TOKENS = 16
 
 
-def head_method(head: str | Path) -> Literal["eagle", "eagle3"]:
-    """Tell an EAGLE-1/2 head from an EAGLE-3 head by its config.
+def serve_head(head: str | Path, target: str | Path | None = None, revision: str | None = None) -> tuple[str, Method]:
+    """Judge a head before anything is loaded: the folder that vLLM gets, a converted copy if it takes that, and its method.
+
+    Args:
+        head: a folder, or a name on the hub, which is fetched as vLLM would.
+        target: the target's folder or name; without it, only the head itself is judged.
+        revision: of the head on the hub.
 
     Raises:
-        ValueError: the folder or its config.json is missing or unreadable.
+        ValueError: there is no such head, it is broken, or it does not fit the target.
     """
-    path = Path(head)
-    if not path.is_dir():
-        # Not a folder: a name for vLLM's hub client to resolve, recognisable only by its name.
-        if path.is_absolute() or str(head).startswith((".", "~")):
-            raise ValueError(f"speculative model {head}: no such folder; set spec_model to the folder of an EAGLE head")
-        return "eagle3" if "eagle3" in str(head).lower() else "eagle"
     try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"speculative model {head}: config.json is missing; set spec_model to the folder of an EAGLE head"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"speculative model {head}: config.json is no JSON ({error}); repair or download it again") from None
-    if not list(path.glob("*.safetensors")) and not list(path.glob("*.bin")):
-        raise ValueError(f"speculative model {head}: no weights (*.safetensors) beside config.json; download the head again")
-    names = str(config.get("architectures") or "")
-    is_eagle3 = "Eagle3" in names or any(
-        key in config for key in ("draft_vocab_size", "eagle_config", "eagle_aux_hidden_state_layer_ids")
-    )
-    num_layers = config.get("num_hidden_layers")
-    if not is_eagle3 and "Eagle" not in names and isinstance(num_layers, int) and num_layers > 1:
-        raise ValueError(
-            f"speculative model {head}: a whole language model of {num_layers} layers, no EAGLE head; "
-            "for a draft model without trees use vLLM's own --spec-model"
-        )
-    return "eagle3" if is_eagle3 else "eagle"
+        found = served(_folder_of(str(head), revision), _target(target))
+    except ValueError as error:
+        raise ValueError(f"speculative model {error}") from None
+    if found.why is not None:
+        logger.info("Head %s: %s; served from a converted copy, %s", head, found.why, found.folder)
+    return str(found.folder), "eagle" if found.kind == "EAGLE-1" else "eagle3"
 
 
-def _refuse_unconverted(head: str | Path) -> None:
-    """Refuse a folder that vLLM would fail to load, or load wrongly. Reads its config.json and the names of its weights.
+def _folder_of(head: str, revision: str | None) -> Path:
+    if Path(head).is_dir():
+        return Path(head)
+    if Path(head).is_absolute() or head.startswith((".", "~")) or head.count("/") > 1:
+        raise ValueError(f"{head}: no such folder; set spec_model to the folder of an EAGLE head, or to its name on the hub")
+    import huggingface_hub
+
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    for weights in ("*.safetensors", "*.bin"):
+        try:
+            folder = huggingface_hub.snapshot_download(
+                head, revision=revision, allow_patterns=["*.json", weights], local_files_only=offline
+            )
+        except Exception as error:  # of many kinds, from the network to the name
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{head}: no such folder, and no such head on the hub ({reason}); set spec_model to one") from None
+        if list(Path(folder).glob(weights)):
+            break
+    return Path(folder)
+
+
+def _target(target: str | Path | None) -> Target | None:
+    """What can be known of the target before vLLM reads it; engine/support.py asks again when it has."""
+    if target is None:
+        return None
+    folder = Path(target)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        found = huggingface_hub.try_to_load_from_cache(str(target), "config.json") if str(target).count("/") == 1 else None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    try:
+        return Target.read(folder)
+    except ValueError:
+        return None
+
+
+def speculative_settings(
+    settings: Mapping[str, Any], options: Mapping[str, Any], target: str | Path | None = None
+) -> dict[str, Any]:
+    """Complete vLLM's speculative_config for tree mode, and check head and tree options against it.
 
     Raises:
-        ValueError: the head needs `vllm-eagle convert`.
-    """
-    path = Path(head)
-    if not path.is_dir():
-        return
-    from vllm_eagle.heads.checkpoint import tensor_names
-    from vllm_eagle.heads.formats import conversion_reason, read_config
-
-    reason = conversion_reason(read_config(path), tensor_names(path))
-    if reason:
-        raise ValueError(
-            f"speculative model {head}: {reason}; run `vllm-eagle convert {head} NEW_FOLDER` and set spec_model to NEW_FOLDER"
-        )
-
-
-def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete vLLM's speculative_config for tree mode and check the tree options against it.
-
-    Raises:
-        ValueError: an option is unknown, impossible or contradicts tree mode.
+        ValueError: an option is unknown, impossible or contradicts tree mode; or the head cannot be served.
     """
     completed = dict(settings)
     if not completed.get("model"):
@@ -78,9 +91,7 @@ def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]
             f"additional_config[{CONFIG_KEY!r}] (or a --speculative-tree flag) asks for draft trees; "
             "set --speculative-model (spec_model) to an EAGLE head"
         )
-    completed.setdefault("method", head_method(completed["model"]))
-    _refuse_unconverted(completed["model"])
-    if completed["method"] not in ("eagle", "eagle3"):
+    if completed.get("method", "eagle") not in ("eagle", "eagle3"):
         raise ValueError(
             f'speculative method "{completed["method"]}" drafts no trees; set it to "eagle" or "eagle3", '
             f"or remove additional_config[{CONFIG_KEY!r}]"
@@ -89,23 +100,28 @@ def speculative_settings(settings: Mapping[str, Any], options: Mapping[str, Any]
         raise ValueError("disable_padded_drafter_batch=false contradicts draft trees; remove it")
     num_draft_tokens = completed.setdefault("num_speculative_tokens", DEFAULT_DRAFT_TOKENS)
     TreeConfig.from_options(num_draft_tokens, options)
+    head = completed["model"]
+    completed["model"], method = serve_head(head, target, completed.get("revision"))
+    if completed.setdefault("method", method) != method:
+        raise ValueError(f'speculative method "{completed["method"]}", but {head} is a head for "{method}"; set that, or nothing')
     return completed
 
 
 def engine_args(
     head: str | Path,
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+    target: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Arguments for vLLM's `LLM(...)` or `AsyncEngineArgs(...)` that switch draft trees on.
 
-    `options` are the fields of TreeConfig. Works on CPU without the plugin being loaded, except for min-p and logit bias; on CUDA
-    the plugin fills in more (options/devices.py).
+    `options` are the fields of TreeConfig; with `target`, the head is judged for it at once. Works on CPU without the plugin being
+    loaded, except for min-p and logit bias; on CUDA the plugin fills in more (options/devices.py).
 
     Raises:
         ValueError: an option is impossible, the head cannot be loaded, or the platform is neither CPU nor CUDA.
     """
-    settings = speculative_settings({"model": str(head), "num_speculative_tokens": num_draft_tokens}, options)
+    settings = speculative_settings({"model": str(head), "num_speculative_tokens": num_draft_tokens}, options, target)
     return {
         "speculative_config": settings,
         "worker_cls": worker_cls(),

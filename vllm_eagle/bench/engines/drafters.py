@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_eagle.algorithm.config import CONFIG_KEY
 from vllm_eagle.heads.checkpoint import read_config
-from vllm_eagle.options.engine_args import head_method
+from vllm_eagle.options.engine_args import serve_head
 
 
 def ours(head: str, num_draft_tokens: int, **options: Any) -> dict[str, Any]:
@@ -16,7 +16,8 @@ def ours(head: str, num_draft_tokens: int, **options: Any) -> dict[str, Any]:
 
 def vllm_chain(head: str, num_draft_tokens: int) -> dict[str, Any]:
     """vLLM's own EAGLE."""
-    return {"speculative_config": {"method": head_method(head), "model": head, "num_speculative_tokens": num_draft_tokens}}
+    folder, method = serve_head(head)
+    return {"speculative_config": {"method": method, "model": folder, "num_speculative_tokens": num_draft_tokens}}
 
 
 def vllm_ngram(num_draft_tokens: int) -> dict[str, Any]:

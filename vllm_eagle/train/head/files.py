@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save
 
 from vllm_eagle import files
 from vllm_eagle.heads import checkpoint, draft_vocab
-from vllm_eagle.heads.check import Target, misfits, problems
-from vllm_eagle.heads.convert import needed_tensors
+from vllm_eagle.heads.form import needed_tensors
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, read_head
 from vllm_eagle.heads.formats import Head as CheckpointHead
+from vllm_eagle.heads.judge import judge
+from vllm_eagle.heads.target import Target
 from vllm_eagle.train.features.target import FrozenTarget, head_config
 from vllm_eagle.train.head.medusa import MedusaHead, medusa_settings
 from vllm_eagle.train.head.models import Eagle3Head, EagleHead, Head
@@ -43,9 +44,9 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
         num_layers=target.config.num_hidden_layers,
         max_positions=None,
     )
-    reasons = [*problems(found), *misfits(found, known)]
-    if reasons:
-        raise ValueError(f"--head {path}: {reasons[0]}; `vllm-eagle inspect {path} --target {target.path}` says more")
+    refusal = judge(found, known).refusal()
+    if refusal:
+        raise ValueError(f"--head {path}: {refusal}; `vllm-eagle inspect {path} --target {target.path}` says more")
     odd = [f"{part} biases" for part in ("o", "mlp") if found.has_bias(part)]
     odd += ["several layers"] if found.num_layers > 1 else []
     odd += ["query and key norms"] if found.model_type == "qwen3" else []
