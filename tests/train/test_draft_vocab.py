@@ -124,3 +124,18 @@ def test_a_wrong_file_is_named_with_the_way_out(tmp_path: Path, found: object, w
     with pytest.raises(ValueError, match=words) as error:
         draft_vocab.read(tmp_path, VOCAB)
     assert "vllm-eagle draft-vocab" in str(error.value)
+
+
+def test_inspect_and_convert_know_it(target_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = tmp_path / "head"
+    train(settings(target_path, data, head, draft_vocab=3), progress=False)
+    assert main(["inspect", str(head), "--target", str(target_path)]) == 0
+    assert f"{VOCAB}, of which it drafts 3" in capsys.readouterr().out
+    assert main(["convert", str(head), str(tmp_path / "converted")]) == 0
+    assert draft_vocab.read(tmp_path / "converted", VOCAB) == draft_vocab.read(head, VOCAB)
+    draft_vocab.write(head, [1, 2], VOCAB + 1)
+    capsys.readouterr()
+    assert main(["inspect", str(head)]) == 1
+    assert f"draft_vocab.json: it is for a vocabulary of {VOCAB + 1}" in " ".join(capsys.readouterr().out.split())
+    assert main(["convert", str(head), str(tmp_path / "again")]) == 2
+    assert f"vocabulary of {VOCAB + 1}" in capsys.readouterr().err

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle import files
+from vllm_eagle.heads import draft_vocab
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-COMPANIONS = ("draft_vocab.json",)  # files beside the weights that belong to a head
+COMPANIONS = (draft_vocab.FILE,)  # files beside the weights that belong to a head
 
 
 def read_config(folder: Path) -> dict[str, Any]:

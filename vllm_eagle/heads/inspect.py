@@ -5,7 +5,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle.heads.formats import read_head
+from vllm_eagle.heads import draft_vocab
+from vllm_eagle.heads.formats import Head, read_head
 from vllm_eagle.heads.judge import judge
 from vllm_eagle.heads.target import Target
 
@@ -33,7 +34,7 @@ def inspect(folder: Path, target: Path | None) -> dict[str, Any]:
         "hidden_size": head.hidden_size,
         "target_hidden_size": head.target_hidden_size,
         "vocab_size": head.vocab_size,
-        "draft_vocab_size": head.draft_vocab_size if head.kind == "EAGLE-3" else head.vocab_size,
+        "draft_vocab_size": _draft_vocab_size(head),
         "num_layers": head.num_layers,
         "num_heads": head.num_heads,
         "num_kv_heads": head.num_kv_heads,
@@ -58,6 +59,16 @@ def inspect(folder: Path, target: Path | None) -> dict[str, Any]:
     return report
 
 
+def _draft_vocab_size(head: Head) -> int | None:
+    """How many tokens it drafts; None: the file that should say it is wrong, as the report does say."""
+    if head.kind == "EAGLE-3":
+        return head.draft_vocab_size
+    try:
+        return len(draft_vocab.read(head.path, head.vocab_size) or range(head.vocab_size))
+    except ValueError:
+        return None
+
+
 def run(folder: Path, target: Path | None, as_json: bool) -> int:
     """Print the report; 1 if the head is broken or does not fit the target."""
     report = inspect(folder, target)
@@ -70,7 +81,7 @@ def _text(report: dict[str, Any]) -> str:
     heads = f"{report['num_heads']} heads of {report['head_dim']} ({report['num_kv_heads']} for keys and values)"
     vocabulary = str(report["vocab_size"])
     if report["draft_vocab_size"] != report["vocab_size"]:
-        vocabulary += f", of which it drafts {report['draft_vocab_size']}"
+        vocabulary += f", of which it drafts {report['draft_vocab_size'] or 'what cannot be read'}"
     layers = "the last feature"
     if eagle3:
         layers = f"{report['num_aux_layers']} layers, " + (str(report["aux_layers"]) if report["aux_layers"] else "not named")

@@ -7,6 +7,7 @@ loaded. So what one of them refuses all refuse, in the same words.
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_eagle.heads import draft_vocab
 from vllm_eagle.heads.check import lm_head_problems, misfits, oddities, problems
 from vllm_eagle.heads.formats import Head
 from vllm_eagle.heads.reading import differences
@@ -42,10 +43,20 @@ class Judgement:
 
 def judge(head: Head, target: Target | None) -> Judgement:
     """Judge a head, for a target if there is one."""
-    wrong = problems(head)
+    wrong = problems(head) + _draft_vocab_problems(head)
     return Judgement(
         wrong=tuple(wrong + lm_head_problems(head, target)),
         misfits=() if target is None else tuple(misfits(head, target)),
         differences=() if wrong else tuple(differences(head)),
         odd=tuple(oddities(head, target)),
     )
+
+
+def _draft_vocab_problems(head: Head) -> list[str]:
+    """Whether the file beside an EAGLE-1 head, if there is one, names tokens of its vocabulary."""
+    try:
+        if head.kind == "EAGLE-1":
+            draft_vocab.read(head.path, head.vocab_size)
+    except ValueError as error:
+        return [str(error).removeprefix(f"{head.path}/")]
+    return []
