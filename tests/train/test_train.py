@@ -378,6 +378,8 @@ def test_draft_vocabulary_is_consistent() -> None:
     assert ids.tolist() == [2, 5, 7]  # the most frequent, of equal ones the first, in the target's order
     assert t2d.nonzero()[:, 0].tolist() == ids.tolist()
     assert coverage(counts, t2d) == pytest.approx(4 / 5)
+    d2t, _ = draft_vocabulary(counts, 3, always=[11])
+    assert (torch.arange(3) + d2t).tolist() == [2, 5, 11]
     for size in (0, 13):
         with pytest.raises(ValueError, match="--draft-vocab"):
             draft_vocabulary(counts, size)
@@ -452,6 +454,15 @@ def test_heads_for_other_families(tmp_path: Path, family: str) -> None:
         objective = Objective(head, target.lm_head, DEFAULT_WEIGHTS[method])
         features = target.features(token_ids, aux_layers(head.config))
         assert objective(token_ids, torch.ones_like(token_ids, dtype=torch.bool), features).loss.isfinite()
+
+
+def test_the_end_of_answers_is_in_the_draft_vocabulary(target: FrozenTarget) -> None:
+    """Even if no answer in the data ends."""
+    head = _small_eagle3(target, torch.randint(100, VOCAB, (8, 40), generator=torch.Generator().manual_seed(8)))
+    assert target.end_tokens == {1}
+    assert isinstance(head, Eagle3Head)
+    assert head.target_ids is not None
+    assert 1 in head.target_ids.tolist()
 
 
 def _small_eagle3(target: FrozenTarget, token_ids: torch.Tensor) -> Head:

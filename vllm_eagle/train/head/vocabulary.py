@@ -1,6 +1,6 @@
 """A head's reduced draft vocabulary: the tokens that occur most often in the answers, and the maps between both numberings."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -16,6 +16,7 @@ def count_tokens(texts: Iterable[tuple[torch.Tensor, torch.Tensor]], vocab_size:
 def draft_vocabulary(
     counts: torch.Tensor,  # [vocab] int64
     size: int,
+    always: Collection[int] = (),  # tokens that are in it however rare they are
 ) -> tuple[torch.Tensor, torch.Tensor]:  # d2t [size] int64, t2d [vocab] bool
     """The `size` most frequent tokens, in the target's order (EAGLE-3's checkpoint format).
 
@@ -23,8 +24,10 @@ def draft_vocabulary(
     """
     if not 0 < size <= len(counts):
         raise ValueError(f"--draft-vocab {size} must lie between 1 and the target's vocabulary of {len(counts)}")
+    ranked = counts.clone()
+    ranked[list(always)] = int(counts.max()) + 1
     # A stable sort: equal counts are kept in order of token id, so that the same data gives the same head.
-    chosen = counts.sort(descending=True, stable=True).indices[:size].sort().values
+    chosen = ranked.sort(descending=True, stable=True).indices[:size].sort().values
     t2d = torch.zeros(len(counts), dtype=torch.bool)
     t2d[chosen] = True
     return chosen - torch.arange(size), t2d

@@ -21,7 +21,7 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     vocab_size = target.config.vocab_size
     size = min(settings.draft_vocab or (EAGLE3_DRAFT_VOCAB if settings.method == "eagle3" else vocab_size), vocab_size)
     counts = count_tokens(((e.token_ids, e.loss_mask) for e in examples), vocab_size)
-    d2t, t2d = draft_vocabulary(counts, size)
+    d2t, t2d = draft_vocabulary(counts, size, target.end_tokens)  # an answer that a run has cut does not show its end
     facts = {"draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
     if settings.method == "eagle":
         plain = EagleHead(head_config(target.config), target.embed, target.lm_head)
