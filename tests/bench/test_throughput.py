@@ -111,7 +111,7 @@ def test_answers_that_differ_fail_the_run_only_where_they_must_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: dict[str, Any], status: int, lines: list[str]
 ) -> None:
     monkeypatch.setattr(throughput, "measure", lambda *_: result)
-    monkeypatch.setattr(throughput, "encode_prompts", lambda *_: [])
+    monkeypatch.setattr(throughput, "encode_prompts", lambda *_, **__: [])
     assert run(settings(), None) == status
     told = capsys.readouterr().out.splitlines()
     assert [line for line in told if "differ" in line] == lines

@@ -36,7 +36,7 @@ ROOMS = {
     "train/head": "files heads train/features",
     "train/run": "algorithm evaluate files heads train/data train/features train/head train/regenerate",
     "train/regenerate": "bench/engines files train/data train/features vllm",
-    "evaluate": "algorithm bench/engines files train/features train/head",
+    "evaluate": "algorithm bench/engines files train/data train/features train/head",
     # measurements
     "bench": "",
     "bench/engines": "algorithm heads options train/data train/features vllm",
@@ -50,7 +50,7 @@ ROOMS = {
     "files": "",
     "pair": "",
     "bootstrap": "",
-    "commands": "algorithm bench/engines bench/passes bench/speed engine evaluate native pair vllm",
+    "commands": "algorithm bench/engines bench/passes bench/speed engine evaluate native pair train/data vllm",
     "cli": "bench/gpu bench/recorded commands heads train/regenerate train/run",
 }
 

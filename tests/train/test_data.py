@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vllm_eagle.cli import main
 from vllm_eagle.pair import TARGET
 from vllm_eagle.train.data.answers import token_mask
 from vllm_eagle.train.data.examples import CHUNK, DataReport, Example, file_hash, load_examples
-from vllm_eagle.train.data.report import OVER_LONG, REWRITTEN
+from vllm_eagle.train.data.report import OUTSIDE, OVER_LONG, PARTLY, REWRITTEN, UNSHOWN
+from vllm_eagle.train.data.rows import RESERVED
 
 PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 HEADER = "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
@@ -32,6 +36,11 @@ FORGETFUL = (
 THINKS_LAST = (
     HEADER + "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ m['content'] + eos_token + '\n' }}{% endfor %}" + PROMPT
+)
+# The prompt opens the reasoning, unless it is told not to; what answers say stays as it is.
+THINKS = HEADER + (
+    "{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n<think>\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 # The prompt opens the reasoning, a finished dialogue never shows it.
 PROMPT_THINKS = (
@@ -65,9 +74,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def load(tokenizer: Any, *paths: Path, max_length: int = 512) -> tuple[list[Example], DataReport]:
+def load(tokenizer: Any, *paths: Path, max_length: int = 512, **options: Any) -> tuple[list[Example], DataReport]:
     report = DataReport()
-    return load_examples(tokenizer, paths, max_length, report, progress=False), report
+    return load_examples(tokenizer, paths, max_length, report, progress=False, **options), report
 
 
 def learnt(tokenizer: Any, example: Example) -> str:
@@ -118,20 +127,252 @@ def test_an_answer_is_not_mistaken_for_a_question_that_quotes_it(tokenizer: Any,
     assert not report.counts
 
 
-def test_an_earlier_answer_without_its_reasoning_is_not_learnt(tokenizer: Any, write: Any) -> None:
+def test_an_earlier_answer_that_loses_its_reasoning_is_learnt_as_it_was_written(tokenizer: Any, write: Any) -> None:
     tokenizer.chat_template = FORGETFUL
     path = write(turns("a?", "<think>hm</think>A.", "b?", "<think>so</think>B."), turns("a?", "A.", "b?", "B."))
     examples, report = load(tokenizer, path)
-    assert [learnt(tokenizer, example) for example in examples] == ["<think>so</think>B.</s>", "A.</s>B.</s>"]
-    assert [(f.line, f.reason) for f in report.findings] == [(1, REWRITTEN)]
+    assert [learnt(tokenizer, example) for example in examples] == [
+        "<think>so</think>B.</s>",
+        "<think>hm</think>A.</s>",
+        "A.</s>B.</s>",
+    ]
+    assert not report.counts
     assert "hm" not in tokenizer.decode(examples[0].token_ids)
+    assert "so" not in tokenizer.decode(examples[1].token_ids)
 
 
 def test_a_last_answer_that_the_template_hides_is_learnt_as_it_was_written(tokenizer: Any, write: Any) -> None:
     tokenizer.chat_template = PROMPT_THINKS
     [example], _ = load(tokenizer, write(turns("a?", "well</think>A.")))
-    assert tokenizer.decode(example.token_ids) == "<s><|user|>\na?</s><|assistant|>\n<think>well</think>A."
-    assert learnt(tokenizer, example) == "well</think>A."
+    assert tokenizer.decode(example.token_ids) == "<s><|user|>\na?</s><|assistant|>\n<think>well</think>A.</s>"
+    assert learnt(tokenizer, example) == "well</think>A.</s>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "finish_reason", "arguments", "text", "loss"),
+    [
+        ("hm</think>A.", None, None, "<think>\nhm</think>A.</s>", "hm</think>A.</s>"),
+        ("<think>\nhm</think>A.", None, None, "<think>\nhm</think>A.</s>", "hm</think>A.</s>"),  # not opened twice
+        ("A.", None, None, "A.</s>", "A.</s>"),
+        ("A.", "stop", None, "<think>\nA.</s>", "A.</s>"),
+        ("hm, let", "length", None, "<think>\nhm, let", "hm, let"),
+        ("A.", "stop", {"enable_thinking": False}, "<think>\n\n</think>\n\nA.</s>", "A.</s>"),
+        ("A is", "length", {"enable_thinking": False}, "<think>\n\n</think>\n\nA is", "A is"),
+    ],
+)
+def test_an_answer_stands_behind_the_prompt_that_the_target_sees(
+    tokenizer: Any, write: Any, answer: str, finish_reason: str | None, arguments: Any, text: str, loss: str
+) -> None:
+    """For a template that opens the reasoning in the prompt and shows answers as they are."""
+    tokenizer.chat_template = THINKS
+    row = turns("a?", answer)
+    row["messages"][-1]["finish_reason"] = finish_reason
+    [example], report = load(tokenizer, write(row), arguments=arguments)
+    assert tokenizer.decode(example.token_ids) == f"<s><|user|>\na?</s><|assistant|>\n{text}"
+    assert learnt(tokenizer, example) == loss
+    assert not report.counts
+
+
+def test_answers_of_the_target_are_learnt_word_for_word_or_apart(tokenizer: Any, write: Any) -> None:
+    """The template trims answers, and shows the last one with an empty reasoning."""
+    tokenizer.chat_template = THINKS_LAST.replace("m['content'] + eos", "m['content'] | trim + eos")
+    row = turns("a?", "A.", "b?", " B. ", "c?", "C.")
+    for message in row["messages"][1::2]:
+        message["finish_reason"] = "stop"
+    examples, report = load(tokenizer, write(row))
+    assert [learnt(tokenizer, example) for example in examples] == ["A.</s>", " B. </s>", "C.</s>"]
+    second = "<s><|user|>\na?</s>\n<|assistant|>\nA.</s>\n<|user|>\nb?</s>\n<|assistant|>\n B. </s>"
+    assert tokenizer.decode(examples[1].token_ids) == second
+    assert not report.counts
+
+
+def test_an_answer_behind_a_prompt_that_the_template_does_not_render_is_reported(tokenizer: Any, write: Any) -> None:
+    """Its text is not in the whole rendering either."""
+    tokenizer.chat_template = "{% if messages[-1]['role'] == 'user' %}{{ raise_exception('no answer') }}{% endif %}" + FORGETFUL
+    [example], report = load(tokenizer, write(turns("a?", "<think>hm</think>A.", "b?", "B.")))
+    assert learnt(tokenizer, example) == "B.</s>"
+    assert [(f.line, f.reason, f.detail) for f in report.findings] == [(1, REWRITTEN, "1 turns")]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_answer_ends_as_the_target_ends_it_if_the_template_does_not_say(tokenizer: Any, write: Any, marked: bool) -> None:
+    marks = (
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}"
+    )
+    body = marks if marked else "{{ m['content'] }}"
+    tokenizer.chat_template = "{% for m in messages %}{{ '\n' + m['role'] + ':\n' }}" + body + "{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '\nassistant:\n' }}{% endif %}"
+    [example], _ = load(tokenizer, write(turns("a?", "A.", "b?", "B.")))
+    assert tokenizer.decode(example.token_ids) == "\nuser:\na?\nassistant:\nA.\nuser:\nb?\nassistant:\nB.</s>"
+    assert learnt(tokenizer, example) == "A.B.</s>"
+
+
+# Marks that leave out what ends an answer; marks that are counted from the wrong place, as inside of a macro.
+MARKS_TEXT = HEADER + (
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ eos_token }}{% endfor %}"
+)
+MARKS_MACRO = (
+    "{% macro turn(m) %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endmacro %}{{ bos_token }}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' + turn(m) }}"
+    "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [MARKS_TEXT, MARKS_MACRO])
+def test_marks_are_checked_against_the_text(tokenizer: Any, write: Any, template: str) -> None:
+    tokenizer.chat_template = template + PROMPT
+    [example], report = load(tokenizer, write({"messages": DIALOGUE}))
+    assert learnt(tokenizer, example) == "3 + 4 = 7.</s>Yes.</s>"
+    assert not report.counts
+
+
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_trimmed_offsets_lose_no_answer(tokenizer: Any, write: Any, template: str | None) -> None:
+    """Their tokens begin behind a space, or are nothing where they are one."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    cut = turns("a?", " A b ", "b?", "  B is  ")
+    cut["messages"][-1]["finish_reason"] = "length"
+    examples, report = load(tokenizer, write(turns("a?", " A b", "b?", "   B."), cut))
+    assert [learnt(tokenizer, example) for example in examples] == [" A b</s>   B.</s>", " A b </s>  B is  "]
+    assert not report.counts
+
+
+def test_a_loss_that_misses_a_part_of_an_answer_is_reported(tokenizer: Any, write: Any) -> None:
+    tokenizer.add_tokens(["nA"])  # reaches from the prompt into the answer
+    tokenizer.chat_template = (
+        HEADER.replace("|>\n", "|>n") + "{{ m['content'] + eos_token }}{% endfor %}" + PROMPT.replace("\n", "n")
+    )
+    [example], report = load(tokenizer, write(turns("a?", "Ab.")))
+    assert learnt(tokenizer, example) == "b.</s>"
+    assert [(f.line, f.reason, f.detail[:2]) for f in report.findings] == [(1, PARTLY, "1 ")]
+
+
+def test_long_dialogues_are_rendered_as_far_as_they_are_trained_on(tokenizer: Any, write: Any, monkeypatch: Any) -> None:
+    contents = [f"{i}?" if i % 2 == 0 else f"{i}." for i in range(3000)]
+    rendered: list[int] = []
+    render = type(tokenizer).apply_chat_template
+
+    def counted(self: Any, messages: Any, **options: Any) -> Any:
+        rendered.append(len(messages))
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+    [example], report = load(tokenizer, write(turns(*contents)))
+    assert len(rendered) < 150
+    monkeypatch.undo()
+    [shorter], _ = load(tokenizer, write(turns(*contents[:64])), max_length=300)
+    assert len(example.token_ids) == 512
+    assert example.token_ids[:300].tolist() == shorter.token_ids.tolist()
+    assert example.loss_mask[:300].tolist() == shorter.loss_mask.tolist()
+    answers = learnt(tokenizer, example).split("</s>")
+    assert answers[:-1] == contents[1 : 2 * len(answers) - 1 : 2]
+    assert report.counts == {OVER_LONG: 1}
+
+
+def test_tokens_that_the_target_lacks_are_reported(tokenizer: Any, write: Any) -> None:
+    """As of a pad token that was added to a tokenizer and not to its model."""
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    path = write(turns("a?", "A."), turns("[PAD] b?", "B."), {"text": "c [PAD]"}, {"text": "some text"})
+    examples, report = load(tokenizer, path, vocab_size=size)
+    assert sorted(learnt(tokenizer, example) for example in examples) == ["<s>some text</s>", "A.</s>"]
+    assert [(f.line, f.reason, f.detail) for f in sorted(report.findings, key=lambda f: f.line)] == [
+        (line, OUTSIDE, f"[PAD] is number {size} of {size}") for line in (2, 3)
+    ]
+    assert max(int(example.token_ids.max()) for example in examples) < size
+
+
+# What reaches the template
+
+SHOWS_ALL = (
+    "{% if tools %}{{ 'TOOLS ' + tools | map(attribute='name') | join(' ') + ' ' }}{% endif %}{{ style or '' }}"
+    + HEADER
+    + ("{{ m['content'] + eos_token }}{% endfor %}" + PROMPT)
+)
+TOOLS = [{"name": "add"}, {"name": "mul"}]
+
+
+@pytest.mark.parametrize(
+    ("beside", "start"),
+    [
+        ({"system": "Be brief."}, "<s><|system|>\nBe brief.</s><|user|>"),
+        ({"system_prompt": "Be brief."}, "<s><|system|>\nBe brief.</s><|user|>"),
+        ({"system": "", "tools": [], "images": [], "chat_template_kwargs": {}}, "<s><|user|>"),
+        ({"system": None, "tools": None, "images": None, "chat_template_kwargs": None}, "<s><|user|>"),
+        ({"tools": TOOLS}, "TOOLS add mul <s><|user|>"),
+        ({"tools": json.dumps(TOOLS)}, "TOOLS add mul <s><|user|>"),
+        ({"chat_template_kwargs": {"style": "plain "}}, "plain <s><|user|>"),
+        ({"tools": TOOLS, "system": "Be brief.", "chat_template_kwargs": {"style": "s "}}, "TOOLS add mul s <s><|system|>\nBe"),
+    ],
+)
+def test_all_of_a_row_reaches_the_template(tokenizer: Any, write: Any, beside: dict[str, Any], start: str) -> None:
+    tokenizer.chat_template = SHOWS_ALL
+    shapes = (turns("a?", "A."), sharegpt(("human", "a?"), ("gpt", "A.")))
+    examples, report = load(tokenizer, write(*(row | beside for row in shapes)))
+    assert len(examples) == 2
+    for example in examples:
+        assert tokenizer.decode(example.token_ids).startswith(start)
+        assert learnt(tokenizer, example) == "A.</s>"
+    assert not report.counts
+
+
+def test_a_rows_arguments_come_before_the_runs(tokenizer: Any, write: Any) -> None:
+    tokenizer.chat_template = SHOWS_ALL
+    path = write(turns("a?", "A."), turns("a?", "A.") | {"chat_template_kwargs": {"style": "row "}})
+    examples, _ = load(tokenizer, path, arguments={"style": "run "})
+    assert [tokenizer.decode(example.token_ids)[:4] for example in examples] == ["run ", "row "]
+
+
+def test_a_system_prompt_that_stands_there_already_is_not_doubled(tokenizer: Any, write: Any) -> None:
+    [example], _ = load(tokenizer, write({"messages": DIALOGUE, "system": "Be brief."}))
+    assert tokenizer.decode(example.token_ids).count("Be brief.") == 1
+
+
+def test_tools_that_a_template_does_not_show_are_reported(tokenizer: Any, write: Any) -> None:
+    [example], report = load(tokenizer, write(turns("a?", "A.") | {"tools": TOOLS}))
+    assert learnt(tokenizer, example) == "A.</s>"
+    assert report.counts == {UNSHOWN: 1}
+    assert f"kept: 1 x {UNSHOWN}" in report.summary()
+
+
+def test_arguments_that_the_template_does_not_use_are_refused(tokenizer: Any, write: Any) -> None:
+    tokenizer.chat_template = SHOWS_ALL
+    message = "--chat-template-kwargs: the chat template of .* does not use enable_thinking; remove it"
+    with pytest.raises(ValueError, match=message):
+        load(tokenizer, write(turns("a?", "A.")), arguments={"style": "s", "enable_thinking": False})
+
+
+@pytest.mark.parametrize("command", ["train", "train --self 20", "regenerate", "eval", "compare"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{enable_thinking: false}", "no JSON (Expecting property name enclosed in double quotes"),
+        ("[1]", "template arguments are no object (list)"),
+        ('{"tokenize": true, "style": 1}', "template arguments that are none (tokenize)"),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_line_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, value: str, message: str
+) -> None:
+    words = {
+        "train": "--target nowhere --data nowhere.jsonl --out out",
+        "train --self 20": "--target nowhere --out out",
+        "regenerate": "--target nowhere --data nowhere.jsonl --out out",
+        "eval": "--target nowhere --head nowhere",
+        "compare": "--model nowhere --head nowhere",
+    }[command]
+    assert main([*command.split(), *words.split(), "--chat-template-kwargs", value]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vllm-eagle: --chat-template-kwargs: {message}")
+    assert error.count("\n") == 1
+
+
+def test_what_a_caller_says_is_no_argument_of_a_template() -> None:
+    named = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"self", "kwargs"}
+    assert named <= RESERVED
 
 
 @pytest.mark.parametrize("template", [None, MARKED])
@@ -287,6 +528,19 @@ DEEP = "[" * 100_000
             {"messages": [*DIALOGUE[:2], {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]},
             "reasoning in its own field",
         ),
+        (turns("a?", "A.") | {"images": ["a.png"]}, "not shown by chat templates"),
+        (turns("a?", "A.") | {"audio": {"path": "a.wav"}}, "not shown by chat templates"),
+        ({"text": "a", "images": ["a.png"]}, "not shown by chat templates"),
+        ({"messages": [{"role": "user", "content": "a?", "images": ["a"]}, DIALOGUE[2]]}, "not shown by chat templates"),
+        (turns("a?", "A.") | {"functions": [{"name": "f"}]}, "not shown by chat templates"),
+        (turns("a?", "A.") | {"tools": "no JSON"}, "tools are no list of objects"),
+        (turns("a?", "A.") | {"tools": {"name": "f"}}, "tools are no list of objects"),
+        (turns("a?", "A.") | {"chat_template_kwargs": "x"}, "template arguments are no object"),
+        (turns("a?", "A.") | {"chat_template_kwargs": {"tools": []}}, "template arguments that are none"),
+        (turns("a?", "A.") | {"system": ["x"]}, "non-string content"),
+        ({"messages": DIALOGUE, "system": "Be long."}, "two system prompts"),
+        ({"text": "a", "system": "Be brief."}, "system prompt or tools beside plain text"),
+        ({"text": "a", "tools": [{"name": "f"}]}, "system prompt or tools beside plain text"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.islower() else "row",
 )

@@ -16,6 +16,7 @@ from vllm_eagle.cli import main
 from vllm_eagle.pair import TARGET
 from vllm_eagle.train.data.examples import load_examples
 from vllm_eagle.train.data.report import DataReport
+from vllm_eagle.train.data.template import ChatTemplate
 from vllm_eagle.train.regenerate.command import regenerate
 from vllm_eagle.train.regenerate.filters import is_loop
 from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Settings
@@ -42,6 +43,10 @@ def with_template(template: str) -> Any:
     tokenizer = deepcopy(TOKENIZER)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def users_of(tokenizer: Any, turns: int) -> Users:
+    return Users(ChatTemplate(tokenizer, "model"), "model", turns)
 
 
 class FakeEngine:
@@ -110,7 +115,7 @@ def contents(row: dict[str, Any]) -> list[str]:
 def test_prompts_end_where_a_user_begins(
     template: str | None, before: str, between: str, stops: tuple[str, ...], marker: str
 ) -> None:
-    users = Users(TOKENIZER if template is None else with_template(template), "model", turns=2)
+    users = users_of(TOKENIZER if template is None else with_template(template), turns=2)
     assert users.before([]) == before
     dialogue = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     assert users.before(dialogue).endswith("Because." + between)
@@ -137,12 +142,12 @@ def test_prompts_end_where_a_user_begins(
 )
 def test_templates_that_cannot_be_cut_are_refused_in_one_line(template: str, turns: int, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        Users(with_template(template), "model", turns)
+        users_of(with_template(template), turns)
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_of_one_turn_is_good_for_one() -> None:
-    assert Users(with_template(ONE_TURN), "model", 1).before([]) == "U:"
+    assert users_of(with_template(ONE_TURN), 1).before([]) == "U:"
 
 
 def test_users_and_answers_take_turns(tmp_path: Path) -> None:
@@ -224,6 +229,15 @@ def test_a_cut_answer_ends_its_dialogue_and_says_so(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, own=1)
     run(settings, FakeEngine(answer=lambda question: ("It goes on and", "length")))
     assert [message.get("finish_reason") for message in written(settings)[0]["messages"]] == [None, "length"]
+
+
+def test_arguments_of_the_template_are_in_every_prompt_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    styled = with_template("{{ style }}" + str(TOKENIZER.chat_template))
+    monkeypatch.setattr("vllm_eagle.train.regenerate.command.load_tokenizer", lambda target: styled)
+    settings, engine = settings_for(tmp_path, own=2, chat_template_kwargs={"style": "plain "}), FakeEngine()
+    run(settings, engine)
+    assert all(text.startswith("plain <s><|user|>") for _, texts, _ in engine.calls for text in texts)
+    assert [row["chat_template_kwargs"] for row in written(settings)] == [{"style": "plain "}] * 2
 
 
 def test_loops_are_told_from_prose_and_code() -> None:

@@ -2,17 +2,29 @@
 
 import gzip
 import json
+<<<<<<< HEAD
 from collections import Counter
+=======
+import shutil
+>>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+<<<<<<< HEAD
 from vllm_eagle.bench.engines.offline import BUILT_IN_PROMPTS, encode_prompts, encode_with_kinds, places_by_kind
 from vllm_eagle.pair import TARGET
 from vllm_eagle.train.data.prompts import Prompt, read_prompts
 from vllm_eagle.train.data.rows import Message
+=======
+from vllm_eagle.bench.engines.offline import encode_prompts
+from vllm_eagle.bench.passes import compare
+from vllm_eagle.cli import main
+from vllm_eagle.pair import TARGET
+from vllm_eagle.train.data.prompts import Prompt, read_prompts
+>>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 SIX_KINDS = BUILT_IN_PROMPTS.with_name("six_kinds.jsonl")
 QUESTION = [{"role": "user", "content": "a?"}]
@@ -37,12 +49,18 @@ def write(folder: Path, *rows: Any, name: str = "prompts.jsonl") -> Path:
         ({"messages": BRIEF}, BRIEF),
         ({"messages": [*BRIEF, {"role": "assistant", "content": "A."}]}, BRIEF),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "A."}, *QUESTION], "prompt": "a?"}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a?"}]}]}, QUESTION),
         ({"prompt": "a"}, "a"),
         ({"text": "a"}, "a"),
     ],
 )
 def test_what_a_row_asks(tmp_path: Path, row: dict[str, Any], prompt: Any) -> None:
+<<<<<<< HEAD
     assert list(read_prompts(write(tmp_path, row, "", row))) == [Prompt(prompt or row["messages"])] * 2
+=======
+    asked = prompt or row["messages"]
+    assert list(read_prompts(write(tmp_path, row, "", row))) == [Prompt(1, asked), Prompt(3, asked)]
+>>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:
@@ -52,7 +70,11 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     array = write(tmp_path, json.dumps(rows, indent=1), name="array.json")
     for path in (lines, packed, array, write(tmp_path, *rows, name="lines.json")):
+<<<<<<< HEAD
         assert list(read_prompts(path)) == [Prompt(QUESTION), Prompt("a")], path
+=======
+        assert [prompt.asked for prompt in read_prompts(path)] == [QUESTION, "a"], path
+>>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 
 def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
@@ -62,6 +84,7 @@ def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
     assert tokenizer.decode(written) == tokenizer.decode(tokenizer("a?")["input_ids"])
 
 
+<<<<<<< HEAD
 def test_kinds_stand_beside_their_prompts(tmp_path: Path) -> None:
     path = write(tmp_path, {"kind": "math", "prompt": "1 + 1 ="}, {"prompt": "a"}, {"messages": QUESTION, "kind": "chat"})
     assert list(read_prompts(path)) == [Prompt("1 + 1 =", "math"), Prompt("a"), Prompt(QUESTION, "chat")]
@@ -92,6 +115,58 @@ def test_six_kinds() -> None:
 def messages_of(prompt: Prompt) -> list[Message]:
     assert not isinstance(prompt.asked, str)
     return prompt.asked
+=======
+def test_all_of_a_row_reaches_the_template(tmp_path: Path) -> None:
+    target = shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
+    template = (target / "chat_template.jinja").read_text()
+    (target / "chat_template.jinja").write_text("{% if tools %}{{ tools[0].name }}{% endif %}{{ style or '' }}" + template)
+    beside = {"system": "Be brief.", "tools": [{"name": "add"}]}
+    styled = {"chat_template_kwargs": {"style": " row "}}
+    shapes = ({"turns": ["a?"]}, {"messages": QUESTION}, {"conversations": [{"from": "human", "value": "a?"}]})
+    path = write(tmp_path, *(row | beside for row in shapes), shapes[0] | styled, shapes[0])
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    prompts = [tokenizer.decode(ids) for ids in encode_prompts(str(target), path, arguments={"style": " run "})]
+    assert prompts[:3] == ["add run <s><|system|>\nBe brief.</s><|user|>\na?</s><|assistant|>\n"] * 3
+    assert prompts[3:] == [f" {style} <s><|user|>\na?</s><|assistant|>\n" for style in ("row", "run")]
+
+
+def test_prompts_that_the_model_cannot_take_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(target)
+    size = config["vocab_size"]
+    path = write(tmp_path, {"turns": ["a?"]}, {"turns": ["word " * 60]}, {"prompt": "[PAD]"}, {"prompt": "b"})
+    prompts = encode_prompts(str(target), path, max_tokens=20)
+    assert [tokenizer.decode(ids) for ids in prompts] == ["<s><|user|>\na?</s><|assistant|>\n", "<s>b"]
+    long = len(tokenizer.apply_chat_template([{"role": "user", "content": "word " * 60}], add_generation_prompt=True)["input_ids"])
+    assert capsys.readouterr().err.splitlines() == [
+        f"  left out: 1 x too long: {path}:2 ({long} tokens and 20 to come, the target takes 64)",
+        f"  left out: 1 x token outside the target's vocabulary: {path}:3 ([PAD] is number {size} of {size})",
+    ]
+    assert len(encode_prompts(str(target), path, limit=1)) == 1
+    with pytest.raises(
+        ValueError, match=r"holds no prompts that can be used;  left out: 3 x too long.*the target takes 64"
+    ) as caught:
+        encode_prompts(str(target), path, max_tokens=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_compare_runs_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, {"turns": ["word " * 3000]}, {"turns": ["a?"]}, {"turns": ["b?"]})
+    given: list[list[list[int]]] = []
+
+    def measure(settings: compare.Settings, prompts: list[list[int]], chosen: object) -> dict[str, int]:
+        given.append(prompts)
+        return {"prompts": len(prompts), "identical": len(prompts)}
+
+    monkeypatch.setattr(compare, "measure", measure)
+    assert main(["compare", "--prompts", str(path), "--max-tokens", "8"]) == 0
+    assert [len(prompts) for prompts in given] == [2]
+    assert f"left out: 1 x too long: {path}:1 (" in capsys.readouterr().err
+>>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +189,20 @@ def messages_of(prompt: Prompt) -> list[Message]:
         ({"conversations": "a?"}, "the dialogue is no list of objects"),
         ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "A."}]}, "nothing is asked"),
         ({"prompt": None}, "non-string content (prompt)"),
+<<<<<<< HEAD
         ({"prompt": "a?", "kind": 7}, '"kind" is no text (7)'),
         ({"prompt": "a?", "kind": None}, '"kind" is no text (None)'),
         ({"messages": QUESTION, "kind": ["math"]}, "\"kind\" is no text (['math'])"),
         ({"prompt": "a?", "kind": " "}, "\"kind\" is no text (' ')"),
         ({"prompt": "a?", "kind": "\ud800"}, "invalid UTF-8 (kind: half a surrogate pair)"),
+=======
+        ({"prompt": "a", "system": "Be brief."}, "system prompt or tools beside plain text"),
+        ({"turns": ["a?"], "images": ["a.png"]}, "not shown by chat templates (images of the row)"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "non-string content (turn 1)"),
+        ({"messages": [{"role": "user", "content": "a?", "images": ["a"]}]}, "not shown by chat templates (images of turn 1)"),
+        ({"turns": ["a?"], "tools": "f"}, "tools are no list of objects (f)"),
+        ({"messages": BRIEF, "system": "Be long."}, "two system prompts"),
+>>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
     ],
 )
 def test_a_row_without_a_prompt_ends_the_run(tmp_path: Path, row: Any, message: str) -> None:

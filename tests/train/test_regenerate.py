@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_eagle.cli import main
 from vllm_eagle.pair import TARGET
 from vllm_eagle.train.data.examples import load_examples
-from vllm_eagle.train.data.report import DataReport
+from vllm_eagle.train.data.report import CUT_ANSWER, OUTSIDE, DataReport
 from vllm_eagle.train.regenerate.command import regenerate
 from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Settings
 
@@ -26,8 +27,8 @@ TOKENIZER = AutoTokenizer.from_pretrained(TARGET)
 class FakeEngine:
     """Answers with its prompt's last question; dies after a number of calls. Keeps what it was asked."""
 
-    def __init__(self, dies_at: int | None = None, reasons: dict[str, str] | None = None):
-        self.dies_at, self.reasons = dies_at, reasons or {}
+    def __init__(self, dies_at: int | None = None, reasons: dict[str, str] | None = None, says: str = "new "):
+        self.dies_at, self.reasons, self.says = dies_at, reasons or {}, says
         self.seeds: list[int] = []
         self.calls: list[list[tuple[str, float]]] = []
 
@@ -44,7 +45,7 @@ class FakeEngine:
         answers = []
         for text, temperature in self.calls[-1]:
             question = text.split("<|user|>\n")[-1].split("</s>")[0]
-            answer = "" if question == "silence" else f"new {question} at {temperature}"
+            answer = "" if question == "silence" else f"{self.says}{question} at {temperature}"
             answers.append((answer, self.reasons.get(question, "stop")))
         return answers
 
@@ -146,6 +147,7 @@ def test_an_output_made_with_other_arguments_is_refused(tmp_path: Path) -> None:
         ({"temperatures": (0.5,)}, r"temperatures \[0.0, 1.0\], not \[0.5\]"),
         ({"max_tokens": 7}, "max_tokens 256, not 7"),
         ({"seed": 1}, "seed 0, not 1"),
+        ({"chat_template_kwargs": {"bos_token": ""}}, "chat_template_kwargs None, not {'bos_token': ''}"),
     ):
         with pytest.raises(ValueError, match=message):
             run(replace(settings, **change), FakeEngine())
@@ -153,6 +155,11 @@ def test_an_output_made_with_other_arguments_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out\.jsonl: was made with data_sha256"):
         run(settings_for(tmp_path, dialogue("b?", "old")), FakeEngine())
     assert settings.out.read_bytes() == before
+    (tmp_path / "out.jsonl.meta.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl\.meta\.json: cannot be read \(.*\); choose another --out, or delete it and out"
+    ):
+        run(settings, FakeEngine())
     (tmp_path / "out.jsonl.meta.json").unlink()
     with pytest.raises(ValueError, match=r"out\.jsonl: exists, but out\.jsonl\.meta\.json does not say"):
         run(settings, FakeEngine())
@@ -192,6 +199,77 @@ def test_an_answer_that_reaches_max_tokens_ends_its_dialogue_without_an_end_of_t
     examples = load_examples(TOKENIZER, [settings.out], 512, DataReport(), progress=False)
     learnt = [TOKENIZER.decode(example.token_ids[example.loss_mask]) for example in examples]
     assert learnt == ["new a? at 0.0", "new c? at 1.0</s>new d? at 1.0</s>"]
+
+
+def test_cut_answers_and_dropped_turns_are_counted(tmp_path: Path) -> None:
+    """Two turns behind a cut answer, one behind an empty one; of the last row the question that found no room, and one more."""
+    rows = [
+        dialogue("a?", "old", "b?", "old", "c?", "old"),
+        dialogue("d?", "old"),
+        dialogue("silence", "old", "e?", "old"),
+        dialogue("f?", "old", "word " * 100, "old", "g?", "old"),
+    ]
+    settings = settings_for(tmp_path, *rows, max_model_len=80, max_tokens=30)
+    _, report = run(settings, FakeEngine(reasons={"a?": "length", "d?": "length"}))
+    data = settings.data[0]
+    assert report.counts == {CUT_ANSWER: 2, "empty answer": 1, "too long": 1}
+    assert f"  kept: 2 x {CUT_ANSWER}: {data}:1 (first 2 turns kept), {data}:2 (first 2 turns kept)" in report.complaints()
+    assert report.complaints()[-1] == f"  turns dropped: 6 (2 x {CUT_ANSWER}, 2 x empty answer, 2 x too long)"
+
+
+# Opens the reasoning unless told not to, drops that of earlier answers, shows tools.
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].name + ' ' }}{% endif %}{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+    "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}{{ eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n<think>\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", [None, {"enable_thinking": False}])
+def test_what_was_written_is_learnt_behind_the_prompt_that_it_was_written_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any] | None
+) -> None:
+    """With nothing but the file: tools, system prompt and arguments are in it."""
+    tokenizer = deepcopy(TOKENIZER)
+    tokenizer.chat_template = TEMPLATE
+    monkeypatch.setattr("vllm_eagle.train.regenerate.command.load_tokenizer", lambda target: tokenizer)
+    rows = [
+        dialogue("a?", "old", "b?", "old") | {"system": "Be brief.", "tools": [{"name": "add"}]},
+        dialogue("c?", "old", "cut", "old"),
+        dialogue("d?", "old") | {"chat_template_kwargs": {"enable_thinking": False}},
+    ]
+    settings = settings_for(tmp_path, *rows, chat_template_kwargs=arguments)
+    engine = FakeEngine(reasons={"cut": "length"}, says="hm</think>new ")
+    run(settings, engine)
+    asked = [text for call in engine.calls for text, _ in call]
+    assert asked[0].startswith("add <s><|system|>\nBe brief.</s>\n<|user|>\na?</s>\n<|assistant|>\n<think>\n")
+    opened = "<think>\n" if arguments is None else "<think>\n\n</think>\n\n"
+    assert [text.endswith(f"<|assistant|>\n{opened}") for text in asked[:4]] == [True] * 4
+    assert asked[4].endswith("<|assistant|>\n<think>\n\n</think>\n\n")
+    report = DataReport()
+    examples = load_examples(tokenizer, [settings.out], 512, report, progress=False)
+    found = {tokenizer.decode(e.token_ids): tokenizer.decode(e.token_ids[e.loss_mask]) for e in examples}
+    expected = {}
+    for prompt in asked:
+        question = prompt.split("<|user|>\n")[-1].split("</s>")[0]
+        temperature = 1.0 if question in ("c?", "cut") else 0.0
+        answer = f"hm</think>new {question} at {temperature}" + ("" if question == "cut" else "</s>")
+        expected[prompt + answer] = answer
+    assert found == expected
+    assert not report.counts
+
+
+def test_tokens_that_the_target_lacks_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    monkeypatch.setattr("vllm_eagle.train.regenerate.command.load_tokenizer", lambda target: tokenizer)
+    settings = settings_for(tmp_path, dialogue("a?", "old", "[PAD]?", "old"), dialogue("b?", "old"))
+    num_written, report = run(settings, FakeEngine())
+    assert num_written == 2
+    size = len(TOKENIZER)
+    assert [(f.line, f.reason) for f in report.findings] == [(1, OUTSIDE)]
+    assert report.findings[0].detail == f"[PAD] is number {size} of {size}; first 2 turns kept"
 
 
 def test_rows_without_a_question_are_reported(tmp_path: Path) -> None:

@@ -287,6 +287,8 @@ def test_run_leaves_everything_behind(target_path: Path, data: Path, tmp_path: P
         train(settings(target_path, data, out), progress=False)
     with pytest.raises(ValueError, match="--resume: --lr, --noise differ"):
         train(replace(both, resume=True, lr=5.0, weights=LossWeights(noise=0.3)), progress=False)
+    with pytest.raises(ValueError, match="--resume: --chat-template-kwargs differ"):
+        train(replace(both, resume=True, chat_template_kwargs={"style": "plain"}), progress=False)
     bad.write_text('{"text": "other"}\n')
     with pytest.raises(ValueError, match="--resume: the data has changed"):
         train(replace(both, resume=True), progress=False)

@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
+from vllm_eagle.train.data.template import add_template_argument, parse_arguments
+
 T = TypeVar("T")
 
 PROMPTS = (
@@ -40,6 +42,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-eagle eval`."""
     _add_models(parser, "--target")
     parser.add_argument("--prompts", type=Path, help=BY_KIND)
+    add_template_argument(parser)
     parser.add_argument("--limit", type=int, help="use the first N prompts")
     parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
     parser.add_argument("--mode", choices=["dynamic", "static", "chain"], default="dynamic", help="(default %(default)s)")
@@ -56,6 +59,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-eagle compare`."""
     _add_models(parser)
     parser.add_argument("--prompts", type=Path, help=BY_KIND)
+    add_template_argument(parser)
     parser.add_argument("--limit", type=int, help="use the first N prompts")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")
@@ -152,6 +156,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from vllm_eagle.bench.passes.compare import Settings, run
 
+    args.chat_template_kwargs = parse_arguments(args.chat_template_kwargs)
     args.model, args.head = _pair(args)
     return run(_fill(Settings, args), args.json)
 

@@ -16,6 +16,7 @@ from vllm_eagle.evaluate import calibration
 from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH
 from vllm_eagle.evaluate.measured import measure, nothing
 from vllm_eagle.evaluate.texts import write_answers
+from vllm_eagle.train.data.template import parse_arguments
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head
 from vllm_eagle.train.head.medusa import MedusaHead
@@ -37,6 +38,7 @@ class EvalSettings:
     dtype: str
     batch: int
     out: Path | None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def trees(self) -> dict[str, TreeConfig]:
         """Tree options by name, e.g. tree16 as in `compare`.
@@ -70,14 +72,10 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
     head = load_head(settings.head, target).to(target.device).eval()
     for parameter in head.parameters():  # not the buffers: rotary angles stay float32, as in vLLM
         parameter.data = parameter.data.to(target.dtype)
-    prompts, kinds = encode_with_kinds(settings.target, settings.prompts, settings.limit)
     margin = max([ALPHA_DEPTH, *(config.depth_limit for config in trees.values())]) + 1
-    longest = max(map(len, prompts)) + settings.max_tokens + margin
-    if longest > target.config.max_position_embeddings:
-        raise ValueError(
-            f"--max-tokens {settings.max_tokens} after the longest prompt makes {longest} tokens, the target takes "
-            f"{target.config.max_position_embeddings}; lower it or leave out long prompts"
-        )
+    prompts, kinds = encode_with_kinds(
+        settings.target, settings.prompts, settings.limit, settings.chat_template_kwargs, settings.max_tokens + margin
+    )
     num_batches = -(-len(prompts) // settings.batch)
     with tqdm(desc="answers", unit=" steps", total=num_batches * (settings.max_tokens + margin), disable=not progress) as bar:
         texts = write_answers(
@@ -103,7 +101,7 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
     if settings.out is not None and curves:
         settings.out.mkdir(parents=True, exist_ok=True)
         calibration.draw(curves, settings.out / "reliability.png")
-    names = ("temperature", "seed", "max_tokens", "dtype", "mode")
+    names = ("temperature", "seed", "max_tokens", "dtype", "mode", "chat_template_kwargs")
     result["settings"] = {"target": Path(settings.target).name, "head": settings.head.name} | {
         n: getattr(settings, n) for n in names
     }
@@ -152,6 +150,7 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
         dtype=args.dtype,
         batch=args.batch,
         out=args.out,
+        chat_template_kwargs=parse_arguments(args.chat_template_kwargs),
     )
     from transformers.utils import logging
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle.train.data.prompts import read_prompts
-from vllm_eagle.train.features.target import load_tokenizer
+from vllm_eagle.train.data.report import DataReport
+from vllm_eagle.train.data.rows import RowError
+from vllm_eagle.train.data.template import ChatTemplate, check_ids
+from vllm_eagle.train.features.target import load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -78,32 +82,68 @@ def timed_arguments(prompts: Sequence[list[int]], max_tokens: int, most: int, dt
     }
 
 
-def encode_prompts(model: str, path: Path | None, limit: int | None = None) -> list[list[int]]:
+def encode_prompts(
+    model: str,
+    path: Path | None,
+    limit: int | None = None,
+    arguments: dict[str, Any] | None = None,
+    max_tokens: int = 0,
+) -> list[list[int]]:
     """As `encode_with_kinds`, the token ids alone."""
-    return encode_with_kinds(model, path, limit)[0]
+    return encode_with_kinds(model, path, limit, arguments, max_tokens)[0]
 
 
-def encode_with_kinds(model: str, path: Path | None, limit: int | None = None) -> tuple[list[list[int]], list[str | None]]:
+def encode_with_kinds(
+    model: str,
+    path: Path | None,
+    limit: int | None = None,
+    arguments: dict[str, Any] | None = None,
+    max_tokens: int = 0,
+) -> tuple[list[list[int]], list[str | None]]:
     """Token ids and kinds of the prompts of a file (see train/data/prompts.py); chats through the model's template.
 
+    What the model cannot take is left out, and said on stderr: prompts that leave no room for an answer, and tokens that it lacks.
+
+    Args:
+        model: folder of the model.
+        path: the file; None for the built-in prompts.
+        limit: most prompts.
+        arguments: of the chat template.
+        max_tokens: to come after a prompt.
+
     Raises:
-        ValueError: the file is missing, broken or empty.
+        ValueError: the file is missing, broken or empty, or nothing in it can be used.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}")
-    tokenizer = load_tokenizer(model)
+    tokenizer, config, report = load_tokenizer(model), load_config(model).get_text_config(), DataReport()
+    positions = getattr(config, "max_position_embeddings", None)
+    path = path or BUILT_IN_PROMPTS
+    template: ChatTemplate | None = None
     prompts: list[list[int]] = []
     kinds: list[str | None] = []
-    for prompt in read_prompts(path or BUILT_IN_PROMPTS):
-        if isinstance(prompt.asked, str):
-            prompts.append(tokenizer(prompt.asked)["input_ids"])
+    for prompt in read_prompts(path):
+        if len(prompts) == limit:
+            break
+        try:
+            if isinstance(prompt.asked, str):
+                ids = tokenizer(prompt.asked, verbose=False)["input_ids"]
+            else:
+                template = template or ChatTemplate(tokenizer, model, arguments)
+                ids = template.encode(template.rendered(prompt.asked, prompt.options, add_generation_prompt=True))
+            check_ids(ids, tokenizer, getattr(config, "vocab_size", None))
+            if positions is not None and len(ids) + max_tokens > positions:
+                raise RowError("too long", f"{len(ids)} tokens and {max_tokens} to come, the target takes {positions}")
+        except RowError as error:
+            report.add(path, prompt.line, error.reason, error.detail)
         else:
-            text = tokenizer.apply_chat_template(prompt.asked, tokenize=False, add_generation_prompt=True)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        kinds.append(prompt.kind)
+            prompts.append(ids)
+            kinds.append(prompt.kind)
     if not prompts:
-        raise ValueError(f"{path}: holds no prompts")
-    return prompts[:limit], kinds[:limit]
+        raise ValueError(f"{path}: holds no prompts that can be used{''.join(f';{line}' for line in report.complaints())}")
+    if report.findings:
+        print("\n".join(report.complaints()), file=sys.stderr)
+    return prompts, kinds
 
 
 def places_by_kind(kinds: Sequence[str | None]) -> dict[str | None, list[int]]:

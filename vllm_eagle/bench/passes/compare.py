@@ -42,6 +42,7 @@ class Settings:
     only: list[str] | None
     medusa: str | None = None
     attention_backend: str | None = None  # on GPUs; None: vLLM's choice, or that of the trees
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def variants(head: str, temperature: float, medusa: str | None = None) -> dict[str, dict[str, Any]]:
@@ -77,7 +78,9 @@ def run(settings: Settings, json_path: Path | None) -> int:
     if settings.max_tokens < 1 or settings.temperature < 0:
         raise ValueError("--max-tokens must be at least 1 and --temperature at least 0")
     prepare_environment()
-    prompts, kinds = encode_with_kinds(settings.model, settings.prompts, settings.limit)
+    prompts, kinds = encode_with_kinds(
+        settings.model, settings.prompts, settings.limit, settings.chat_template_kwargs, settings.max_tokens + 1
+    )
     result = measure(settings, prompts, chosen, kinds)
     line = json.dumps(result)
     if json_path is not None:
@@ -162,6 +165,7 @@ def measure(
             "max_tokens": settings.max_tokens,
             "dtype": settings.dtype,
             "attention_backend": settings.attention_backend,
+            "chat_template_kwargs": settings.chat_template_kwargs,
         },
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

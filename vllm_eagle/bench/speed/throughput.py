@@ -94,7 +94,9 @@ def run(settings: Settings, out: Path | None) -> int:
             target, head = write_pair(Path(folder), settings.replay)
             settings = replace(settings, model=str(target), head=str(head))
         save = None if out is None else partial(report.write, folder=out)
-        result = measure(settings, encode_prompts(settings.model, settings.prompts), variants(settings), save)
+        result = measure(
+            settings, encode_prompts(settings.model, settings.prompts, max_tokens=settings.max_tokens + 1), variants(settings), save
+        )
     print("\n".join([report.table(result), *report.differences(result)]))
     print(json.dumps(result))
     return int(report.is_wrong(result))

@@ -5,31 +5,45 @@
     {"turns": ["...", "..."]}                                     question.jsonl of MT-bench and Spec-Bench, the first turn
     {"prompt": "..."}, {"text": "..."}                            plain text, to be continued
 
-Beside it a row may say which kind of question it is, `"kind": "..."`: `eval` and `compare` then report each kind apart.
-.jsonl files hold one row per line, .json files one array of rows (or lines, too); each may be gzipped.
+Beside it a row may say which kind of question it is, `"kind": "..."`: `eval` and `compare` then report each kind apart. "system",
+"tools" and "chat_template_kwargs" of a row are as in rows.py. .jsonl files hold one row per line, .json files one array of rows (or
+lines, too); each may be gzipped.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_eagle.train.data.report import DataReport
-from vllm_eagle.train.data.rows import ROLES, Message, RowError, parse_content, parse_messages, raw_rows
+from vllm_eagle.train.data.rows import (
+    ROLES,
+    Message,
+    RowError,
+    check_plain,
+    parse_content,
+    parse_messages,
+    parse_options,
+    parse_system,
+    raw_rows,
+    refuse_unseen,
+)
 
 ACCEPTED = '"messages", "conversations" (ShareGPT), "turns" (MT-bench), "prompt" or "text"'
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What one row asks."""
+    """What a row asks."""
 
-    asked: str | list[Message]  # a text, or a dialogue that ends where an answer is due
+    line: int  # from 1; in a .json array the number of the row
+    asked: str | list[Message]  # a text to go on with, or a dialogue that ends where an answer is due
+    options: dict[str, Any] = field(default_factory=dict)  # for the chat template
     kind: str | None = None
 
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """What every row asks, in order. Unlike in training, one bad row ends the run.
+    """Prompts of a file, in order. Unlike in training, one bad row ends the run.
 
     Raises:
         ValueError: the file is missing, or a row holds no prompt or a kind that is no text; the message names file and line.
@@ -45,7 +59,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
         if not isinstance(raw, dict) or raw.keys().isdisjoint(("messages", "conversations", "turns", "prompt", "text")):
             raise ValueError(f"{path}, line {line}: a row needs {ACCEPTED}{_found(raw)}")
         try:
-            yield Prompt(_asked(raw), _kind(raw))
+            yield _prompt(line, raw)
         except RowError as error:
             detail = f" ({error.detail})" if error.detail else ""
             raise ValueError(f"{path}, line {line}: {error.reason}{detail}") from None
@@ -68,6 +82,14 @@ def _kind(row: dict[str, Any]) -> str | None:
     return parse_content(kind, "kind")
 
 
+def _prompt(line: int, row: dict[str, Any]) -> Prompt:
+    options, asked, kind = parse_options(row), _asked(row), _kind(row)
+    if isinstance(asked, str):
+        check_plain(row, options)
+        return Prompt(line, asked, kind=kind)
+    return Prompt(line, [*parse_system(row, asked), *asked], options, kind)
+
+
 def _asked(row: dict[str, Any]) -> str | list[Message]:
     if "messages" in row:
         messages: list[Message] = row["messages"]
@@ -77,7 +99,7 @@ def _asked(row: dict[str, Any]) -> str | list[Message]:
             messages = messages[:-1]
         if not messages:
             raise RowError("no user turn", "there is nothing to answer")
-        return messages
+        return [_as_text(turn, f"turn {i}") for i, turn in enumerate(messages, start=1)]
     if "conversations" in row:
         return _up_to_the_first_answer(row["conversations"])
     if "turns" in row:
@@ -87,6 +109,12 @@ def _asked(row: dict[str, Any]) -> str | list[Message]:
         return [{"role": "user", "content": parse_content(turns[0], "turn 1")}]
     key = "prompt" if "prompt" in row else "text"
     return parse_content(row[key], key)
+
+
+def _as_text(turn: dict[str, Any], where: str) -> Message:
+    """A turn whose content is no list of parts; all else is the template's concern."""
+    refuse_unseen(turn, where)
+    return turn | {"content": parse_content(turn["content"], where)} if isinstance(turn.get("content"), list) else turn
 
 
 def _up_to_the_first_answer(turns: Any) -> list[Message]:

@@ -13,7 +13,12 @@ NUM_SHOWN = 3  # findings per reason in the summary
 # Reasons that keep the row; all others leave it out.
 OVER_LONG = "over-long, cut"
 REWRITTEN = "answer rewritten by the chat template, no loss on it"
-_KEPT = {OVER_LONG, REWRITTEN}
+PARTLY = "answer not all in the loss"
+UNSHOWN = "tools that the chat template does not show"
+CUT_ANSWER = "answer cut at --max-tokens"
+_KEPT = {OVER_LONG, REWRITTEN, PARTLY, UNSHOWN, CUT_ANSWER}
+
+OUTSIDE = "token outside the target's vocabulary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class DataReport:
         self.num_tokens = 0
         self.num_loss_tokens = 0
         self.findings: list[Finding] = []
+        self.dropped_turns: Counter[str] = Counter()  # questions of dialogues that were not asked, by reason
 
     @property
     def counts(self) -> dict[str, int]:
@@ -54,13 +60,16 @@ class DataReport:
         return "\n".join([totals, *self.complaints()])
 
     def complaints(self) -> list[str]:
-        """One line per reason: its count and the first findings."""
+        """One line per reason: its count and the first findings; then the turns that were dropped."""
         lines = []
         for reason, count in self.counts.items():
             shown = [finding for finding in self.findings if finding.reason == reason][:NUM_SHOWN]
             places = ", ".join(f"{f.file}:{f.line}" + (f" ({f.detail})" if f.detail else "") for f in shown)
             more = ", ..." if count > len(shown) else ""
             lines.append(f"  {'kept' if reason in _KEPT else 'left out'}: {count} x {reason}: {places}{more}")
+        if dropped := +self.dropped_turns:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+            lines.append(f"  turns dropped: {dropped.total()} ({reasons})")
         return lines
 
     def write(self, path: Path) -> None:

@@ -11,8 +11,9 @@ With --self the target writes whole dialogues: it is given its chat template up 
 (Magpie, arXiv 2406.08464), then the answer, then the next user turn. Turns that are empty, too short, cut off, loops, repetitions
 of earlier ones, or that contain the template's own marks are left out and counted.
 
-Several temperatures take turns, row by row. An answer that reaches --max-tokens ends its dialogue and carries "finish_reason":
-"length"; training then teaches no end of turn behind it.
+Several temperatures take turns, row by row. Every answer carries its "finish_reason", and a row its tools and the chat template's
+arguments, so that training sees each answer behind the prompt that it was written for, word for word. One that reaches --max-tokens
+("length") ends its dialogue; training then teaches no end of turn behind it. How many did, and which turns were dropped, is said.
 
 Finished dialogues are appended to OUT in chunks. The same command continues where it stopped; OUT.meta.json says what OUT was made
 with, and other arguments are refused. Rows of files that are left out are tried again by the next run.
@@ -26,12 +27,13 @@ from typing import Any
 
 from vllm_eagle.train.data.report import DataReport
 from vllm_eagle.train.data.rows import check_files
+from vllm_eagle.train.data.template import ChatTemplate, add_template_argument, parse_arguments
 from vllm_eagle.train.features.target import load_config, load_tokenizer
 from vllm_eagle.train.regenerate.file_turns import FileTurns
 from vllm_eagle.train.regenerate.journal import Journal
 from vllm_eagle.train.regenerate.own_turns import OwnTurns
 from vllm_eagle.train.regenerate.rewrite import Answer, Generate, Regenerator, Settings, Source
-from vllm_eagle.train.regenerate.users import Users, check_template
+from vllm_eagle.train.regenerate.users import Users
 
 USER_TOP_P = 0.995  # Magpie's: without it a user turn goes astray at the unlikeliest tokens
 OpenEngine = Callable[[Settings, int], AbstractContextManager[Generate]]  # settings, seed
@@ -54,9 +56,10 @@ def open_vllm(settings: Settings, seed: int) -> Iterator[Generate]:
         def generate(
             prompts: list[list[int]], temperatures: list[float], user_stops: tuple[str, ...] | None = None
         ) -> list[Answer]:
-            sampling: dict[str, Any] = {"max_tokens": settings.max_tokens}
+            # Special tokens are what the target wrote, too; the one that ends a text is never part of it.
+            sampling: dict[str, Any] = {"max_tokens": settings.max_tokens, "skip_special_tokens": False}
             if user_stops is not None:
-                sampling |= {"top_p": USER_TOP_P, "stop": list(user_stops), "skip_special_tokens": False}
+                sampling |= {"top_p": USER_TOP_P, "stop": list(user_stops)}
             # No seed per request: vLLM 0.32 on CPU fails when the prompt of a seeded request is split over two steps.
             params = [SamplingParams(temperature=t, **sampling) for t in temperatures]
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -75,26 +78,27 @@ def regenerate(settings: Settings, report: DataReport, open_engine: OpenEngine =
         progress: show a bar.
 
     Raises:
-        ValueError: a file is missing, the target has no chat template, one that cannot be cut where a user begins, or too few
-            positions, OUT was made with other arguments, or hardly any user turn that the target writes can be used.
+        ValueError: a file is missing, the target has no chat template, one that cannot be cut where a user begins or does not use
+            an argument, or too few positions, OUT was made with other arguments, or hardly any user turn that the target writes can
+            be used.
     """
     check_files(list(settings.data))
-    longest = load_config(settings.target).to_dict().get("max_position_embeddings")
+    config = load_config(settings.target).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and settings.max_model_len > longest:
         raise ValueError(f"--max-model-len is {settings.max_model_len}, but {settings.target} has only {longest} positions")
-    tokenizer = load_tokenizer(settings.target)
-    check_template(tokenizer, settings.target)
-    users = None if settings.own is None else Users(tokenizer, settings.target, settings.turns)
+    template = ChatTemplate(load_tokenizer(settings.target), settings.target, settings.chat_template_kwargs)
+    users = None if settings.own is None else Users(template, settings.target, settings.turns)
     journal = Journal(settings.out, settings.arguments())
     known = journal.rows()
     # Another seed than the run before: its random numbers would come again, for other questions.
     with _opened_late(open_engine, settings, settings.seed + len(known)) as generate:
         source: Source
         if users is not None:
-            source = OwnTurns(settings, tokenizer, users, generate, report, known)
+            source = OwnTurns(settings, template, users, generate, report, known)
         else:
             source = FileTurns(settings, report, {(row["source"]["data"], row["source"]["line"]) for row in known})
-        return Regenerator(settings, tokenizer, generate, journal, report, source).run(progress)
+        return Regenerator(settings, template, generate, journal, report, source, getattr(config, "vocab_size", None)).run(progress)
 
 
 @contextmanager
@@ -125,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, default=1024, help="prompt and answer (default %(default)s)")
     parser.add_argument("--limit", type=int, help="use the first N dialogues")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    add_template_argument(parser)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     parser.set_defaults(run=run)
 
@@ -143,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
         turns=args.turns,
         seed=args.seed,
         dtype=args.dtype,
+        chat_template_kwargs=parse_arguments(args.chat_template_kwargs),
     )
     report = DataReport()
     num_written = regenerate(settings, report)

@@ -26,7 +26,11 @@ class Journal:
             raise ValueError(f"{path}: its folder does not exist; create it or choose another --out")
         meta = path.with_name(path.name + ".meta.json")
         if meta.is_file():
-            _compare(path, json.loads(meta.read_text(encoding="utf-8")), arguments)
+            try:
+                before = json.loads(meta.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{meta}: cannot be read ({error}); choose another --out, or delete it and {path.name}") from None
+            _compare(path, before, arguments)
         elif path.exists():
             raise ValueError(f"{path}: exists, but {meta.name} does not say how it was made; choose another --out or delete it")
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_eagle.train.data.report import DataReport
 from vllm_eagle.train.data.rows import Message, Row
+from vllm_eagle.train.data.template import ChatTemplate
 from vllm_eagle.train.regenerate.filters import DUPLICATE, answer_fault, same_words, user_fault
 from vllm_eagle.train.regenerate.rewrite import Dialogue, Generate, Settings, Source, leave
 from vllm_eagle.train.regenerate.users import Users
@@ -24,7 +25,7 @@ class OwnTurns(Source):
 
     Args:
         settings: what to do.
-        tokenizer: the target's.
+        template: the target's.
         users: where a user begins.
         generate: what writes.
         report: gets what is left out, by reason.
@@ -34,7 +35,7 @@ class OwnTurns(Source):
     def __init__(
         self,
         settings: Settings,
-        tokenizer: Any,
+        template: ChatTemplate,
         users: Users,
         generate: Generate,
         report: DataReport,
@@ -43,7 +44,7 @@ class OwnTurns(Source):
         assert settings.own is not None
         self.total, self.position = settings.own, min(settings.own, len(known))
         self._number = settings.own
-        self._settings, self._tokenizer, self._users = settings, tokenizer, users
+        self._settings, self._template, self._users = settings, template, users
         self._generate, self._report, self._num_known = generate, report, len(known)
         self._seen = {same_words(row["messages"][0]["content"]) for row in known}
         self._line = max((row["source"]["line"] for row in known), default=0)
@@ -71,7 +72,7 @@ class OwnTurns(Source):
             if dialogue.is_finished or dialogue.num_answers >= self._settings.turns:
                 continue
             try:
-                ids = self._encode(self._users.before(dialogue.messages))
+                ids = self._template.encode(self._users.before(dialogue.messages))
             except Exception as error:  # a template is a program of the model's author and may raise anything
                 leave(dialogue, self._report, "template error", " ".join(f"{error}".split())[:200])
                 continue
@@ -90,11 +91,11 @@ class OwnTurns(Source):
 
     def answer_fault(self, text: str) -> str | None:
         """Why an answer is left out."""
-        return answer_fault(text, self._users.ends.markers, self._tokenizer)
+        return answer_fault(text, self._users.ends.markers, self._template.tokenizer)
 
     def _first_turns(self, number: int) -> list[Dialogue]:
         """Usable ones among so many new user turns."""
-        prompt = self._encode(self._users.before([]))
+        prompt = self._template.encode(self._users.before([]))
         chunk = []
         for text, finish_reason in self._write([prompt] * number):
             self._line += 1
@@ -110,17 +111,13 @@ class OwnTurns(Source):
         return chunk
 
     def _fault(self, text: str, finish_reason: str, seen: set[str]) -> str | None:
-        fault = user_fault(text, finish_reason, self._users.ends.markers, self._tokenizer)
+        fault = user_fault(text, finish_reason, self._users.ends.markers, self._template.tokenizer)
         return DUPLICATE if fault is None and same_words(text) in seen else fault
 
     def _write(self, prompts: list[list[int]]) -> list[tuple[str, str]]:
         if not prompts:
             return []
         return self._generate(prompts, [TEMPERATURE] * len(prompts), self._users.ends.stops)
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
 
     def _check_share(self, num_written: int) -> None:
         self._history.append((self._report.num_rows, num_written))

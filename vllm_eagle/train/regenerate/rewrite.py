@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_eagle.train.data.report import DataReport
-from vllm_eagle.train.data.rows import Message, Row
+from vllm_eagle.train.data.report import CUT_ANSWER, DataReport
+from vllm_eagle.train.data.rows import Message, Row, RowError
+from vllm_eagle.train.data.template import ChatTemplate, check_ids
 from vllm_eagle.train.regenerate.filters import EMPTY
 from vllm_eagle.train.regenerate.journal import Journal
 
@@ -47,6 +48,7 @@ class Settings:
     seed: int = 0
     dtype: str = "auto"
     chunk: int = CHUNK
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.max_tokens >= self.max_model_len:
@@ -84,6 +86,7 @@ class Settings:
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "dtype": self.dtype,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
 
@@ -114,15 +117,18 @@ class Dialogue:
         self.is_finished = self.messages[-1]["role"] != "user"
         return not self.is_finished
 
-    def stop(self) -> None:
-        """Keep what is answered so far."""
+    def stop(self) -> int:
+        """Keep what is answered so far; returns how many user turns are dropped."""
         self.is_finished = True
+        dropped = list(self.todo)
         while self.messages and self.messages[-1]["role"] != "assistant":
-            self.messages.pop()
+            dropped.append(self.messages.pop())
+        return sum(message["role"] == "user" for message in dropped)
 
-    def as_row(self) -> dict[str, Any]:
-        """The line to write; `data` counts the files from 0."""
-        return {"messages": self.messages, "source": {"data": self.key[0], "file": self.row.path.name, "line": self.key[1]}}
+    def as_row(self, template: ChatTemplate) -> dict[str, Any]:
+        """The line to write, with all that its prompts were rendered from; `data` counts the files from 0."""
+        source = {"data": self.key[0], "file": self.row.path.name, "line": self.key[1]}
+        return {"messages": self.messages, **template.row_keys(self.row.options), "source": source}
 
 
 class Source(ABC):
@@ -152,10 +158,18 @@ class Regenerator:
     """Writes the answers of all dialogues of `source`, and them to `journal`."""
 
     def __init__(
-        self, settings: Settings, tokenizer: Any, generate: Generate, journal: Journal, report: DataReport, source: Source
+        self,
+        settings: Settings,
+        template: ChatTemplate,
+        generate: Generate,
+        journal: Journal,
+        report: DataReport,
+        source: Source,
+        vocab_size: int | None,
     ):
-        self._settings, self._tokenizer, self._generate = settings, tokenizer, generate
+        self._settings, self._template, self._generate = settings, template, generate
         self._journal, self._report, self._source = journal, report, source
+        self._vocab_size = vocab_size
 
     def run(self, progress: bool = True) -> int:
         """Work through the source; returns how many dialogues were written."""
@@ -175,7 +189,7 @@ class Regenerator:
         while active := [dialogue for dialogue in dialogues if dialogue.to_next_answer()]:
             self._answer(active)
             self._source.follow_up(active)
-        finished = [dialogue.as_row() for dialogue in dialogues if dialogue.messages]
+        finished = [dialogue.as_row(self._template) for dialogue in dialogues if dialogue.messages]
         self._journal.append(finished)
         return len(finished)
 
@@ -195,26 +209,26 @@ class Regenerator:
             if fault is not None:
                 leave(dialogue, self._report, "empty answer" if fault == EMPTY else f"answer {fault}")
                 continue
-            dialogue.messages.append({"role": "assistant", "content": text})
+            dialogue.messages.append({"role": "assistant", "content": text, "finish_reason": finish_reason})
             if finish_reason == "length":
-                dialogue.messages[-1]["finish_reason"] = "length"
-                dialogue.stop()
+                leave(dialogue, self._report, CUT_ANSWER)
 
     def _prompt(self, dialogue: Dialogue) -> list[int] | None:
         try:
-            text = self._tokenizer.apply_chat_template(dialogue.messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the model's author and may raise anything
-            leave(dialogue, self._report, "template error", " ".join(f"{error}".split())[:200])
-            return None
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) > self._settings.room:
-            leave(dialogue, self._report, "too long", f"prompt of {len(ids)} tokens, room for {self._settings.room}")
+            ids = self._template.encode(
+                self._template.rendered(dialogue.messages, dialogue.row.options, add_generation_prompt=True)
+            )
+            check_ids(ids, self._template.tokenizer, self._vocab_size)
+            if len(ids) > self._settings.room:
+                raise RowError("too long", f"prompt of {len(ids)} tokens, room for {self._settings.room}")
+        except RowError as error:
+            leave(dialogue, self._report, error.reason, error.detail)
             return None
         return ids
 
 
 def leave(dialogue: Dialogue, report: DataReport, reason: str, detail: str = "") -> None:
     """Stop a dialogue, keep what is answered so far, and say why."""
-    dialogue.stop()
+    report.dropped_turns[reason] += dialogue.stop()
     kept = f"first {len(dialogue.messages)} turns kept" if dialogue.messages else ""
     report.add(dialogue.row.path, dialogue.row.line, reason, "; ".join(filter(None, (detail, kept))))

@@ -5,9 +5,9 @@ Magpie (arXiv 2406.08464): a chat model that reads its template up to where the 
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from vllm_eagle.train.data.rows import Message
+from vllm_eagle.train.data.template import ChatTemplate
 
 _FIRST, _ANSWER, _USER = "vllmeaglefirst", "vllmeagleanswer", "vllmeagleuser"  # stand for turns; no template says them itself
 
@@ -24,20 +24,19 @@ class Users:
     """Prompts that end where a user begins.
 
     Args:
-        tokenizer: the target's.
+        template: the target's.
         name: of the target, for messages.
         turns: most user turns of a dialogue.
 
     Raises:
-        ValueError: there is no chat template, or it cannot be cut where a user begins.
+        ValueError: the chat template cannot be cut where a user begins.
     """
 
-    def __init__(self, tokenizer: Any, name: str, turns: int):
-        self._tokenizer = tokenizer
-        check_template(tokenizer, name)
+    def __init__(self, template: ChatTemplate, name: str, turns: int):
+        self._template, tokenizer = template, template.tokenizer
         try:
             before = self.before([])
-            after = self._render([_said("user", _USER)], add_generation_prompt=True).partition(_USER)[2]
+            after = template.render([_said("user", _USER)], {}, add_generation_prompt=True).partition(_USER)[2]
             between = ""
             with suppress(*(() if turns > 1 else (Exception,))):
                 between = self.before([_said("user", _FIRST), _said("assistant", _ANSWER)]).rpartition(_ANSWER)[2]
@@ -59,25 +58,11 @@ class Users:
             ValueError: the template does not show that turn once, word for word.
             Exception: whatever the template raises.
         """
-        text = self._render([*messages, _said("user", _USER)])
+        text = self._template.render([*messages, _said("user", _USER)], {})
         if text.count(_USER) != 1:
             raise ValueError("it does not show each user's turn once")
         # The space belongs to the first word, for a tokenizer.
         return text.rpartition(_USER)[0].rstrip(" ")
-
-    def _render(self, messages: list[Message], **options: Any) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return text
-
-
-def check_template(tokenizer: Any, name: str) -> None:
-    """Refuse a target, by its name, whose tokenizer cannot render dialogues.
-
-    Raises:
-        ValueError: it has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"{name}: the tokenizer has no chat template; put a chat_template.jinja into its folder")
 
 
 _WAY_OUT = "write questions into a file and give --data"

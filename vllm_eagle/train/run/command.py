@@ -7,6 +7,7 @@ import sys
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
+from vllm_eagle.train.data.template import add_template_argument, parse_arguments
 from vllm_eagle.train.run import own_data, resume, stop
 from vllm_eagle.train.run.own_data import DEFAULT_NUMBER
 from vllm_eagle.train.run.settings import DEFAULT_WEIGHTS, TrainSettings
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=["eagle", "eagle3", "medusa"], default="eagle", help="medusa: for comparison only")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--init", type=Path, help="head to start from")
+    add_template_argument(parser)
 
     length = parser.add_argument_group("length of the run")
     _add(length, "--epochs", float, "passes over the data")
@@ -83,6 +85,7 @@ def settings_from(args: argparse.Namespace) -> TrainSettings:
     weights = replace(DEFAULT_WEIGHTS[args.method], **{k: v for k, v in named.items() if v is not None})
     options = {name: getattr(args, name) for name in _DEFAULTS if hasattr(args, name)}
     options |= {"aux_layers": tuple(args.aux_layers) if args.aux_layers else None}
+    options |= {"chat_template_kwargs": parse_arguments(args.chat_template_kwargs)}
     return TrainSettings(target=args.target, data=tuple(args.data or ()), out=args.out, weights=weights, **options)
 
 

@@ -91,7 +91,15 @@ class _Run:
         self.target = FrozenTarget(settings.target, getattr(torch, settings.dtype), self.accelerator.device)
         max_length = min(settings.max_length, getattr(self.target.config, "max_position_embeddings", settings.max_length))
         report = DataReport()
-        examples = load_examples(tokenizer, list(settings.data), max_length, report, progress=self.progress)
+        examples = load_examples(
+            tokenizer,
+            list(settings.data),
+            max_length,
+            report,
+            progress=self.progress,
+            arguments=settings.chat_template_kwargs,
+            vocab_size=self.target.config.vocab_size,
+        )
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.train_examples, held_out = _split(examples, settings.holdout, world)
         self.batches = Batches(self.train_examples, settings.batch_tokens, settings.seed, rank, world)

@@ -55,6 +55,7 @@ def data_settings(settings: TrainSettings, number: int) -> Settings:
         max_model_len=length,
         own=number,
         seed=settings.seed,
+        chat_template_kwargs=settings.chat_template_kwargs,
     )
 
 
@@ -131,7 +132,7 @@ def split(dialogues: Path, number: int) -> tuple[Path, Path]:
     every = min(HELD_OUT_EVERY, max(3, len(rows) // 32))
     train = [row for i, row in enumerate(rows) if i % every != every - 1]
     prompts = [
-        {"messages": row["messages"][:k]}
+        row | {"messages": row["messages"][:k]}
         for row in rows[every - 1 :: every]
         for k, message in enumerate(row["messages"])
         if message["role"] == "assistant"

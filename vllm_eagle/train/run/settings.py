@@ -41,6 +41,7 @@ class TrainSettings:
         cache_dir, cache_gb: where the target's features are kept for later epochs, and how much.
         resume: go on from the newest checkpoint in `out`.
         price_per_hour: of one device, for the run card.
+        chat_template_kwargs: arguments of the target's chat template.
     """
 
     target: str
@@ -69,6 +70,7 @@ class TrainSettings:
     cache_gb: float = 0.0
     resume: bool = False
     price_per_hour: float | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first option that cannot be."""

@@ -18,6 +18,7 @@ from vllm_eagle import files
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.evaluate.command import EvalSettings, alpha_table, evaluate
 from vllm_eagle.heads.checkpoint import read_config
+from vllm_eagle.train.data.template import ChatTemplate
 from vllm_eagle.train.features.target import check_config, load_config, load_tokenizer
 from vllm_eagle.train.regenerate.rewrite import Settings
 from vllm_eagle.train.regenerate.users import Users
@@ -64,7 +65,8 @@ def train_from_nothing(
     chosen_aux_layers(config, settings)
     if settings.init is not None:
         read_config(settings.init)
-    Users(load_tokenizer(settings.target), settings.target, asked.turns)
+    template = ChatTemplate(load_tokenizer(settings.target), settings.target, settings.chat_template_kwargs)
+    Users(template, settings.target, asked.turns)
     settings = replace(settings, data=(asked.out.with_name("train.jsonl"),))
     if settings.resume and checkpoint.newest(settings.out) is None:
         settings = replace(settings, resume=False)  # it was the data that was not finished
@@ -109,7 +111,9 @@ def summary(settings: TrainSettings, card: dict[str, Any]) -> str:
     lines.append(f"{'cost':<20}{', '.join(costs)}")
     if taus:
         model, head = shlex.quote(settings.target), shlex.quote(str(settings.out))
-        lines.append(f"{'serve it':<20}vllm serve {model} --speculative-model {head}")
+        arguments = settings.chat_template_kwargs
+        defaults = f" --default-chat-template-kwargs {shlex.quote(json.dumps(arguments))}" if arguments else ""
+        lines.append(f"{'serve it':<20}vllm serve {model} --speculative-model {head}{defaults}")
     return "\n".join(lines)
 
 
@@ -127,6 +131,7 @@ def _evaluate(settings: TrainSettings, prompts: Path, max_tokens: int, progress:
         dtype=settings.dtype,
         batch=32,
         out=settings.out / "eval",
+        chat_template_kwargs=settings.chat_template_kwargs,
     )
     return evaluate(asked, TREES, progress)
 
