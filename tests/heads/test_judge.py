@@ -14,6 +14,7 @@ from tests import models
 from tests.heads import cases, heads
 from tests.heads.cases import BASES, CASES
 from tests.models import VOCAB
+from vllm_eagle.heads import draft_vocab
 from vllm_eagle.heads import served as serving
 from vllm_eagle.heads.convert import convert
 from vllm_eagle.heads.form import vllms_form
@@ -212,10 +213,10 @@ def test_a_head_is_converted_once_and_again_when_it_changes(target: Path, cache:
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert served(folder, known).folder == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    (folder / "draft_vocab.json").write_text("[1, 2]")
+    draft_vocab.write(folder, [1, 2], VOCAB)
     second = served(folder, known).folder
     assert second != first
-    assert (second / "draft_vocab.json").read_text() == "[1, 2]"
+    assert draft_vocab.read(second, VOCAB) == [1, 2]
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"rope_theta": 5e5}))
     third = served(folder, known).folder

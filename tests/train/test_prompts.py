@@ -2,29 +2,20 @@
 
 import gzip
 import json
-<<<<<<< HEAD
-from collections import Counter
-=======
 import shutil
->>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-<<<<<<< HEAD
 from vllm_eagle.bench.engines.offline import BUILT_IN_PROMPTS, encode_prompts, encode_with_kinds, places_by_kind
-from vllm_eagle.pair import TARGET
-from vllm_eagle.train.data.prompts import Prompt, read_prompts
-from vllm_eagle.train.data.rows import Message
-=======
-from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.bench.passes import compare
 from vllm_eagle.cli import main
 from vllm_eagle.pair import TARGET
 from vllm_eagle.train.data.prompts import Prompt, read_prompts
->>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
+from vllm_eagle.train.data.rows import Message
 
 SIX_KINDS = BUILT_IN_PROMPTS.with_name("six_kinds.jsonl")
 QUESTION = [{"role": "user", "content": "a?"}]
@@ -55,12 +46,8 @@ def write(folder: Path, *rows: Any, name: str = "prompts.jsonl") -> Path:
     ],
 )
 def test_what_a_row_asks(tmp_path: Path, row: dict[str, Any], prompt: Any) -> None:
-<<<<<<< HEAD
-    assert list(read_prompts(write(tmp_path, row, "", row))) == [Prompt(prompt or row["messages"])] * 2
-=======
     asked = prompt or row["messages"]
     assert list(read_prompts(write(tmp_path, row, "", row))) == [Prompt(1, asked), Prompt(3, asked)]
->>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:
@@ -70,11 +57,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     array = write(tmp_path, json.dumps(rows, indent=1), name="array.json")
     for path in (lines, packed, array, write(tmp_path, *rows, name="lines.json")):
-<<<<<<< HEAD
-        assert list(read_prompts(path)) == [Prompt(QUESTION), Prompt("a")], path
-=======
         assert [prompt.asked for prompt in read_prompts(path)] == [QUESTION, "a"], path
->>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 
 def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
@@ -84,10 +67,9 @@ def test_questions_of_mt_bench_go_through_the_template(tmp_path: Path) -> None:
     assert tokenizer.decode(written) == tokenizer.decode(tokenizer("a?")["input_ids"])
 
 
-<<<<<<< HEAD
 def test_kinds_stand_beside_their_prompts(tmp_path: Path) -> None:
     path = write(tmp_path, {"kind": "math", "prompt": "1 + 1 ="}, {"prompt": "a"}, {"messages": QUESTION, "kind": "chat"})
-    assert list(read_prompts(path)) == [Prompt("1 + 1 =", "math"), Prompt("a"), Prompt(QUESTION, "chat")]
+    assert [prompt.kind for prompt in read_prompts(path)] == ["math", None, "chat"]
     prompts, kinds = encode_with_kinds(str(TARGET), path)
     assert kinds == ["math", None, "chat"]
     assert prompts == encode_prompts(str(TARGET), path)
@@ -115,7 +97,8 @@ def test_six_kinds() -> None:
 def messages_of(prompt: Prompt) -> list[Message]:
     assert not isinstance(prompt.asked, str)
     return prompt.asked
-=======
+
+
 def test_all_of_a_row_reaches_the_template(tmp_path: Path) -> None:
     target = shutil.copytree(TARGET, tmp_path / "target", ignore=shutil.ignore_patterns("*.safetensors"))
     template = (target / "chat_template.jinja").read_text()
@@ -158,7 +141,7 @@ def test_compare_runs_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     path = write(tmp_path, {"turns": ["word " * 3000]}, {"turns": ["a?"]}, {"turns": ["b?"]})
     given: list[list[list[int]]] = []
 
-    def measure(settings: compare.Settings, prompts: list[list[int]], chosen: object) -> dict[str, int]:
+    def measure(settings: compare.Settings, prompts: list[list[int]], chosen: object, kinds: object) -> dict[str, int]:
         given.append(prompts)
         return {"prompts": len(prompts), "identical": len(prompts)}
 
@@ -166,7 +149,6 @@ def test_compare_runs_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert main(["compare", "--prompts", str(path), "--max-tokens", "8"]) == 0
     assert [len(prompts) for prompts in given] == [2]
     assert f"left out: 1 x too long: {path}:1 (" in capsys.readouterr().err
->>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
 
 
 @pytest.mark.parametrize(
@@ -189,20 +171,17 @@ def test_compare_runs_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         ({"conversations": "a?"}, "the dialogue is no list of objects"),
         ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "A."}]}, "nothing is asked"),
         ({"prompt": None}, "non-string content (prompt)"),
-<<<<<<< HEAD
         ({"prompt": "a?", "kind": 7}, '"kind" is no text (7)'),
         ({"prompt": "a?", "kind": None}, '"kind" is no text (None)'),
         ({"messages": QUESTION, "kind": ["math"]}, "\"kind\" is no text (['math'])"),
         ({"prompt": "a?", "kind": " "}, "\"kind\" is no text (' ')"),
         ({"prompt": "a?", "kind": "\ud800"}, "invalid UTF-8 (kind: half a surrogate pair)"),
-=======
         ({"prompt": "a", "system": "Be brief."}, "system prompt or tools beside plain text"),
         ({"turns": ["a?"], "images": ["a.png"]}, "not shown by chat templates (images of the row)"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "non-string content (turn 1)"),
         ({"messages": [{"role": "user", "content": "a?", "images": ["a"]}]}, "not shown by chat templates (images of turn 1)"),
         ({"turns": ["a?"], "tools": "f"}, "tools are no list of objects (f)"),
         ({"messages": BRIEF, "system": "Be long."}, "two system prompts"),
->>>>>>> ccba57c (All of a row reaches the chat template, and an answer is learnt as the target writes it and ends it)
     ],
 )
 def test_a_row_without_a_prompt_ends_the_run(tmp_path: Path, row: Any, message: str) -> None:
