@@ -1,12 +1,14 @@
 """Prompts about texts, from a model's own dialogues: summarise, translate, answer from a passage.
 
-    python examples/pair/text_tasks.py own.jsonl --out tasks.jsonl [--number 1500]
+    python examples/pair/text_tasks.py own.jsonl --out tasks.jsonl [--number 1500] [--also FILE N ...]
 
 A model that writes its own user turns hardly ever pastes a text into one, but users do. The passages are answers that it wrote
 (`vllm-eagle regenerate --self`), the instructions are below; `vllm-eagle regenerate --data tasks.jsonl` then writes the answers.
+With --also N questions of a file of dialogues are drawn and put among them.
 """
 
 import argparse
+import gzip
 import json
 import random
 import re
@@ -57,6 +59,13 @@ def tasks(answers: list[str], number: int, seed: int = 0) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
+def questions(path: Path, number: int, chance: random.Random) -> list[str]:
+    """So many first turns of a file of dialogues, of at most 900 characters."""
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    first = [json.loads(line)["messages"][0]["content"] for line in text.splitlines()]
+    return chance.sample([question for question in first if len(question) < 900], number)
+
+
 def _cut(answer: str) -> str | None:
     """The first 60 to 200 words, up to the end of a sentence."""
     text = " ".join(answer.split()[:200])
@@ -70,10 +79,16 @@ def main() -> None:
     parser.add_argument("own", type=Path, help="what `vllm-eagle regenerate --self` wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--number", type=int, default=1500)
+    parser.add_argument("--also", nargs=2, action="append", default=[], metavar=("FILE", "N"))
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.own.read_text().splitlines()]
     answers = [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"]
-    lines = [json.dumps({"messages": [{"role": "user", "content": prompt}]}) for prompt in tasks(answers, args.number)]
+    chance = random.Random(0)
+    prompts = tasks(answers, args.number)
+    for file, number in args.also:
+        prompts += questions(Path(file), int(number), chance)
+    chance.shuffle(prompts)
+    lines = [json.dumps({"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts]
     args.out.write_text("\n".join(lines) + "\n")
 
 

@@ -83,6 +83,7 @@ def test_a_head_from_the_model_alone(target: Path, tmp_path: Path, changes: dict
     dialogues = lines(run.out / "self" / "dialogues.jsonl")
     prompts, train = lines(run.out / "self" / "prompts.jsonl"), lines(run.out / "self" / "train.jsonl")
     assert len(dialogues) == 24
+    assert sorted(path.name for path in (run.out / "self").glob("*features*")) == []
     assert json.loads((run.out / "self" / "dialogues.jsonl.meta.json").read_text())["turns"] == 2
     assert len(train) == 16
     asked = {row["messages"][0]["content"] for row in prompts}

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ TREES = {
     "chain5": TreeConfig(num_draft_tokens=5, mode="chain"),
 }
 EVAL_TURNS, EVAL_TOKENS = 64, 128
+DISK_SHARE = 0.1  # of the free disk space may be used for the target's features while a head is trained
 
 
 def train_from_nothing(
@@ -77,7 +79,10 @@ def train_from_nothing(
     data_seconds = own_data.write(asked, write_dialogues)
     _, prompts = own_data.split(asked.out, number)
     _say(progress, f"2 of 3: training on them, into {settings.out}")
-    card = train(settings, progress)
+    keeping = settings if settings.cache_dir is not None else _keeping_features(settings, asked.out.with_name("features"))
+    card = train(keeping, progress)
+    if keeping.cache_dir is not None and keeping is not settings:
+        shutil.rmtree(keeping.cache_dir)
     gc.collect()
     _say(progress, "3 of 3: eval on held-out turns")
     start = time.perf_counter()
@@ -94,6 +99,12 @@ def train_from_nothing(
     }
     files.write_text(settings.out / CARD, json.dumps(card, indent=1) + "\n")
     return summary(settings, card)
+
+
+def _keeping_features(settings: TrainSettings, folder: Path) -> TrainSettings:
+    """With the target's features on disk, so that later epochs need no target."""
+    free_gb = shutil.disk_usage(settings.out).free / 2**30
+    return replace(settings, cache_dir=folder, cache_gb=DISK_SHARE * free_gb)
 
 
 def summary(settings: TrainSettings, card: dict[str, Any]) -> str:
