@@ -62,7 +62,7 @@ def tasks(answers: list[str], number: int, seed: int = 0) -> list[str]:
 def questions(path: Path, number: int, chance: random.Random) -> list[str]:
     """So many first turns of a file of dialogues, of at most 900 characters."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
-    first = [json.loads(line)["messages"][0]["content"] for line in text.splitlines()]
+    first = [json.loads(line)["messages"][0]["content"] for line in text.split("\n") if line]
     return chance.sample([question for question in first if len(question) < 900], number)
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=1500)
     parser.add_argument("--also", nargs=2, action="append", default=[], metavar=("FILE", "N"))
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.own.read_text().splitlines()]
+    rows = [json.loads(line) for line in args.own.read_text().split("\n") if line]
     answers = [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"]
     chance = random.Random(0)
     prompts = tasks(answers, args.number)
