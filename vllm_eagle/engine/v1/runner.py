@@ -32,6 +32,7 @@ from vllm_eagle.algorithm.verify import TreeBatch, lay_out
 from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.budget.budget import Plan
+from vllm_eagle.engine import loaded
 from vllm_eagle.engine.v1.costs import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
 from vllm_eagle.engine.v1.planning import DraftPlanning
@@ -87,12 +88,14 @@ class EagleTreeRunner(DraftPlanning):
         logger.info("Draft trees: %s", self.tree_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's; then ask every attention layer, the head's included, whether it can run trees.
+        """As vLLM's; then see that all of the head is there, and ask every attention layer, the head's included, whether it can run
+        trees.
 
         Raises:
-            ValueError: a layer cannot; the message says why.
+            ValueError: something is missing, or a layer cannot; the message says why.
         """
         super().load_model(*args, **kwargs)
+        loaded.complete(self.drafter.model, self.get_model(), self.vllm_config)
         check_layers(self.compilation_config.static_forward_context, self.max_model_len)
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:

@@ -1,0 +1,80 @@
+"""After vLLM has loaded a head: what it takes from the target, and whether every tensor found its place.
+
+A head that drafts with the target's LM head drafts with all of it: with the scale or soft cap that the target puts on its logits,
+and, where the target has no module for it because it is its embedding, with that.
+"""
+
+import re
+from collections.abc import Iterable, Set
+from pathlib import Path
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.layers.base import BaseLayerWithLoRA
+
+from vllm_eagle.heads.checkpoint import tensor_names
+from vllm_eagle.heads.formats import ATTENTION, MLP
+
+_FUSED = {"qkv_proj": ATTENTION, "gate_up_proj": MLP[:2]}
+_UNUSED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.weight")  # vLLM builds one in every layer, and runs the first one's
+_FROM_FILES = ("weight", "bias", "draft_id_to_target_id")  # other parameters are made of these, where a head is quantized
+
+
+def complete(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:
+    """Share the target's logits with the head if it has no LM head of its own, then see that all of the head is there.
+
+    Raises:
+        ValueError: the target's LM head cannot be found; or the files hold less than the head, or more.
+    """
+    if not head.has_own_lm_head:
+        _share_logits(head, target, config)
+    folder = Path(config.speculative_config.draft_model_config.model)
+    if config.load_config.load_format == "dummy" or not folder.is_dir():
+        return
+    own = {"embed_tokens.weight": head.has_own_embed_tokens, "lm_head.weight": head.has_own_lm_head}
+    parameters = [name for name, _ in head.named_parameters(remove_duplicate=False)]
+    missing, ignored = unmatched(parameters, tensor_names(folder), {name for name, has in own.items() if not has})
+    if missing or ignored:
+        told = [f"{', '.join(missing)} got no values"] if missing else []
+        told += [f"{', '.join(ignored)} went nowhere"] if ignored else []
+        raise ValueError(
+            f"head {folder}: {' and '.join(told)} in {type(head).__name__}; `vllm-eagle inspect {folder}`, and please report it: "
+            "such a head should not have come so far"
+        )
+
+
+def _share_logits(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:
+    if getattr(target, "lm_head", None) is None:
+        if not config.model_config.hf_text_config.tie_word_embeddings:
+            raise ValueError(f"model: {type(target).__name__} has no lm_head that the head could draft with; use an EAGLE-3 head")
+        head.lm_head = _without_adapters(target.model.embed_tokens)
+    head.logits_processor = _without_adapters(target.logits_processor)
+
+
+def _without_adapters(layer: nn.Module) -> nn.Module:
+    """Adapters go by rows of the target's batch, and the head's are others."""
+    return layer.base_layer if isinstance(layer, BaseLayerWithLoRA) else layer
+
+
+def unmatched(
+    parameters: Iterable[str],  # of vLLM's module
+    tensors: Set[str],  # in the files
+    shared: Set[str],  # tensors whose parameters are the target's
+) -> tuple[list[str], list[str]]:
+    """Tensors that parameters lack, and tensors that no parameter takes."""
+    wanted: set[str] = set()
+    for parameter in parameters:
+        if parameter.rsplit(".", 1)[-1] in _FROM_FILES:
+            wanted |= set(sources(parameter))
+    found = {name.replace("midlayer.", "layers.0.") for name in tensors} - {"t2d"}
+    missing = [name for name in sorted(wanted - found - shared) if not _UNUSED.fullmatch(name)]
+    return missing, sorted(found - wanted)
+
+
+def sources(parameter: str) -> list[str]:
+    """Names in the files of the tensors that a parameter is made of, in order."""
+    name = parameter.removeprefix("model.").replace("draft_id_to_target_id", "d2t")
+    for fused, parts in _FUSED.items():
+        if f".{fused}." in name:
+            return [name.replace(fused, part) for part in parts]
+    return [name]
