@@ -39,6 +39,7 @@ from vllm_eagle.engine.v1.planning import DraftPlanning
 from vllm_eagle.engine.v1.proposer import EagleTreeProposer
 from vllm_eagle.engine.v1.scorer import PADDING, EagleTreeScorer
 from vllm_eagle.metrics.counters import TreeMetrics, TreeTrace
+from vllm_eagle.metrics.usefulness import FIRST_NODES, Usefulness
 from vllm_eagle.options.per_request import RequestOptions
 
 _NOTHING_DRAFTED = DraftTree.root_only(PADDING)
@@ -61,6 +62,7 @@ class EagleTreeRunner(DraftPlanning):
         self._scheduled: list[DraftTree] = []  # of this step, by row in the batch
         self._tree_batch: TreeBatch | None = None  # those of them that branch
         self._walks: list[Walk] = []
+        self._usefulness = Usefulness()
         self._grammar_output: GrammarOutput | None = None  # of this step: what the scheduler's grammars allow
         self._grammars = TreeGrammars(self.vllm_config)
         self._options = {}
@@ -222,12 +224,22 @@ class EagleTreeRunner(DraftPlanning):
             if nodes == 1 or row in discarded or walk.tree.token_ids[1] == PADDING:  # such nodes are vLLM's, not the head's
                 continue
             self.tree_metrics.count_verification(nodes - 1, len(walk.path), num_reqs)
+            self._warn_if_useless(self._usefulness.add(nodes - 1, len(walk.path)))
             self.tree_trace.record(self.input_batch.req_ids[row], walk)
             scores.append(walk.tree.scores[1:])
             accepted.append(walk.accepted)
         if self.budget is not None and scores:
             self.budget.calibration.update(np.concatenate(scores), np.concatenate(accepted))
         self.tree_trace.end_step()
+
+    def _warn_if_useless(self, tau: float | None) -> None:
+        if tau is not None and self.parallel_config.rank == 0:
+            logger.warning(
+                "The head is no help: tau %.2f over the first %d drafted nodes. Usual causes: it was trained for another target or "
+                "another version of it, on other target layers, on other texts or languages, or too little. See: "
+                "vllm-eagle inspect %s --target %s",
+                tau, FIRST_NODES, self.speculative_config.draft_model_config.model, self.model_config.model,
+            )  # fmt: skip
 
     def _update_states_after_model_execute(self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput) -> None:
         super()._update_states_after_model_execute(output_token_ids, scheduler_output)
