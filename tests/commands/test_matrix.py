@@ -33,11 +33,11 @@ BREAKS: dict[str, dict[str, object]] = {
     "M-RoPE": {"model_config.uses_mrope": True},
     "soft-capped attention on CPUs": {"model_config.hf_text_config.attn_logit_softcapping": 50.0},
     "sliding windows shorter than max_model_len, on CPUs": {"model_config.get_sliding_window": lambda: 64},
-    "heads of another hidden size": {"model_config.get_hidden_size": lambda: 96},
-    "heads of another vocabulary": {"model_config.get_vocab_size": lambda: 77},
-    "EAGLE-3 heads that name impossible layers": {
+    "attention sinks": {"model_config.hf_text_config.model_type": "gpt_oss"},
+    "heads that do not fit the target": {"model_config.get_hidden_size": lambda: 96},
+    "EAGLE-3 heads for classes that have no such interface in vLLM": {
         "speculative_config.method": "eagle3",
-        "speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids": [1, 1, 9],
+        "model_config.architectures": ["MixtralForCausalLM"],
     },
     "devices other than CPU and CUDA": {"device_config.device_type": "xpu"},
     "vLLM's V2 model runner": {"use_v2_model_runner": True},

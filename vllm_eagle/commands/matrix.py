@@ -25,7 +25,9 @@ WORKS = (
     ("Ray Data and Ray Serve", "a batch also when a node is lost", "test_ray"),
     ("sessions whose prompt goes on after an answer", "without drafts", "test_sessions"),
     ("Llama, Qwen2, Qwen3, Mistral", "", "test_families"),
-    ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats through vllm-eagle convert", "test_biased_head"),
+    ("Granite, Qwen3-MoE, Phi3, SmolLM3, OLMo2", "EAGLE-1 and EAGLE-3 heads", "test_targets"),
+    ("Gemma 2 without soft cap, Gemma 3, Cohere, Mixtral, Qwen2-MoE, GLM4", "EAGLE-1 heads", "test_targets"),
+    ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats are converted when they are served", "test_biased_head"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
 )
 OTHERWISE = (

@@ -5,15 +5,19 @@ Each rule looks at vLLM's configuration for one thing. `vllm-eagle doctor --matr
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import supports_eagle3
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import CUDA_BACKENDS
 from vllm_eagle.engine.draft_vocab import named_tokens
+from vllm_eagle.heads.check import misfits
 from vllm_eagle.heads.draft_vocab import FILE
-from vllm_eagle.heads.formats import in_vllms_order
+from vllm_eagle.heads.formats import REPLAYED_ARCHITECTURES, read_head
+from vllm_eagle.heads.target import Target
 from vllm_eagle.options.devices import V2_RUNNER
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
@@ -133,6 +137,10 @@ _model_rule(
     "multimodal models", "the head sees text only", lambda c: c.model_config.is_multimodal_model,
     "is multimodal, and the head sees text only",
 )  # fmt: skip
+_model_rule(
+    "attention sinks", "no tree kernel knows them", lambda c: c.model_config.hf_text_config.model_type == "gpt_oss",
+    "has attention sinks, which no tree kernel here knows",
+)  # fmt: skip
 _model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model_config.uses_mrope, "uses M-RoPE positions")
 
 
@@ -163,28 +171,41 @@ def _window(config: VllmConfig) -> str | None:
 # The head
 
 
-@_refused("heads of another hidden size", "the head reads the target's features")
-def _hidden_size(config: VllmConfig) -> str | None:
-    target, head = config.model_config, config.speculative_config.draft_model_config
-    if head is None:
+@_refused("heads that do not fit the target", "size, vocabulary or layers; `vllm-eagle inspect HEAD --target MODEL` says the same")
+def _head(config: VllmConfig) -> str | None:
+    """Asked again here, of the target as vLLM has read it: options may have changed what its folder says."""
+    draft, model = config.speculative_config.draft_model_config, config.model_config
+    if draft is None or not Path(draft.model).is_dir() or draft.architectures[0] in REPLAYED_ARCHITECTURES:
         return None
-    expected = getattr(head.hf_config, "target_hidden_size", None) or head.get_hidden_size()
-    if expected == target.get_hidden_size():
-        return None
-    return (
-        f"head: {head.model} takes features of size {expected}, {target.model} has hidden size {target.get_hidden_size()}; "
-        "set speculative_config.model to a head trained for this target"
+    target = Target(
+        path=Path(model.model),
+        architectures=tuple(model.architectures),
+        hidden_size=model.get_hidden_size(),
+        vocab_size=model.get_vocab_size(),
+        num_layers=model.get_total_num_hidden_layers(),
+        max_positions=model.max_model_len,
     )
+    head = read_head(Path(draft.model))
+    reasons = misfits(head, target)
+    if reasons:
+        return f"head: {draft.model} does not fit {model.model}: {reasons[0]}"
+    if head.kind == "EAGLE-3" and head.aux_layers is None:
+        logger.warning("The head does not name the target layers it was trained on; vLLM assumes %s.", target.default_aux_layers)
+    return None
 
 
-@_refused("heads of another vocabulary", "drafted tokens are the target's")
-def _vocabulary(config: VllmConfig) -> str | None:
-    target, head = config.model_config, config.speculative_config.draft_model_config
-    if head is None or head.get_vocab_size() == target.get_vocab_size():
+@_refused("EAGLE-3 heads for classes that have no such interface in vLLM", "the head reads features of the target's layers")
+def _features(config: VllmConfig) -> str | None:
+    """Asked of the class, so that nobody waits for a model to be loaded first."""
+    model = config.model_config
+    if config.speculative_config.method != "eagle3":
+        return None
+    model_class, _ = model.registry.resolve_model_cls(model.architectures, model)
+    if supports_eagle3(model_class):
         return None
     return (
-        f"head: {head.model} has a vocabulary of {head.get_vocab_size()}, {target.model} one of {target.get_vocab_size()}; "
-        "set speculative_config.model to a head trained for this target"
+        f"model: {model.model} is a {model_class.__name__}, of whose layers vLLM hands no features to an EAGLE-3 head; "
+        f"take an EAGLE-1 head, or {PLAIN}"
     )
 
 
@@ -201,29 +222,6 @@ def _draft_vocabulary(config: VllmConfig) -> str | None:
             "or set draft_vocab to false"
         )
     return None
-
-
-@_refused("EAGLE-3 heads that name impossible layers", "three different layers of the target are read")
-def _aux_layers(config: VllmConfig) -> str | None:
-    """EAGLE-3: three different layers of the target must be named, or vLLM's guess must make sense."""
-    spec = config.speculative_config
-    if spec.method != "eagle3" or spec.draft_model_config is None:
-        return None
-    hf_config = spec.draft_model_config.hf_config
-    eagle_config = getattr(hf_config, "eagle_config", None) or {}
-    if not eagle_config.get("use_aux_hidden_state", True):
-        return None
-    named = getattr(hf_config, "eagle_aux_hidden_state_layer_ids", None) or eagle_config.get("eagle_aux_hidden_state_layer_ids")
-    num_layers = config.model_config.get_total_num_hidden_layers()
-    layers = list(named or (2, num_layers // 2, num_layers - 3))
-    if in_vllms_order(layers) and all(0 <= layer <= num_layers for layer in layers):
-        if not named:
-            logger.warning("The head does not name the target layers it was trained on; vLLM assumes %s.", layers)
-        return None
-    return (
-        f"head: {spec.draft_model_config.model} would read layers {layers} of a target with {num_layers}, not different ones in "
-        "rising order; set eagle_aux_hidden_state_layer_ids in its config.json to the layers it was trained on"
-    )
 
 
 # The engine

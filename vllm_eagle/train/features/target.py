@@ -52,7 +52,7 @@ class FrozenTarget:
         self.decoder: Any = decoder
         self.layers: nn.ModuleList = layers
         self.lm_head: Any = lm_head
-        self.embed: Any = self.model.get_input_embeddings()
+        self.embed: Any = _table(self.model.get_input_embeddings())
         self._check_finite()
         self._check_logits()
 
@@ -88,14 +88,17 @@ class FrozenTarget:
 
             return hook
 
+        def record_input(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen[0] = args[0] if args else kwargs["hidden_states"]
+
         handles = [self.layers[i - 1].register_forward_hook(record(i)) for i in aux_layers if i > 0]
+        if 0 in aux_layers:
+            handles.append(self.layers[0].register_forward_pre_hook(record_input, with_kwargs=True))
         try:
             last = self.decoder(input_ids=token_ids, use_cache=False).last_hidden_state
         finally:
             for handle in handles:
                 handle.remove()
-        if 0 in aux_layers:
-            seen[0] = self.embed(token_ids)
         fused = torch.cat([seen[i] for i in aux_layers], dim=-1) if aux_layers else last[..., :0]
         return Features(last, fused)
 
@@ -135,6 +138,13 @@ def _torn_file(folder: Path) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _table(embedding: Any) -> nn.Module:
+    """The embedding without the scale that some targets (Gemma) put into it: vLLM shares the table with heads, and scales apart."""
+    if type(embedding) is nn.Embedding:
+        return embedding
+    return nn.Embedding.from_pretrained(embedding.weight.detach())
 
 
 def load_config(path: str | Path) -> Any:

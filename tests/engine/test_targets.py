@@ -1,0 +1,146 @@
+"""Targets besides Llama: those that are served are exact, and drafted for as they are; others are refused before loading."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.engine.engines import ENGINE, engine, generate, tokens, tree_stats, trees
+from tests.heads import heads
+from tests.tiers import some
+from vllm_eagle.train.features.target import FrozenTarget
+from vllm_eagle.train.head.files import load_head
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 256, 128, 4, 2, 32, 256
+NUM_DRAFT_TOKENS, NUM_STEPS = 4, 5
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+# Class in transformers: what makes it special. Scales and caps are such that drafts without them would be wrong.
+TARGETS: dict[str, dict[str, Any]] = {
+    "Granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1},
+    "Gemma": {"tie_word_embeddings": False},
+    "Gemma2": {"attn_logit_softcapping": None, "final_logit_softcapping": 5.0, "sliding_window": 1024, "query_pre_attn_scalar": 32},
+    "Gemma3": {"sliding_window": 1024, "query_pre_attn_scalar": 32, "tie_word_embeddings": False},
+    "Cohere": {"logit_scale": 0.0625},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {**_MOE, "shared_expert_intermediate_size": 64},
+    "Qwen3Moe": _MOE,
+    "Qwen3": {},
+    "Phi3": {"pad_token_id": 0},
+    "SmolLM3": {"pad_token_id": 0},
+    "Glm4": {"pad_token_id": 0},
+    "Olmo2": {"pad_token_id": 0},
+}
+_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+NO_FEATURES = ("Gemma2", "Gemma3", "Mixtral", "Qwen2Moe", "Glm4")
+
+
+def random_target(folder: Path, family: str) -> Path:
+    """A model whose layers add nothing: its feature after a token is that token's embedding, all of one length, normalized."""
+    torch.manual_seed(8)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 4, "num_attention_heads": HEADS}
+    sizes |= {"vocab_size": VOCAB, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": 512}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
+    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**sizes | TARGETS[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+        table = model.get_input_embeddings().weight
+        table -= table.mean(1, keepdim=True)
+        table /= table.pow(2).mean(1, keepdim=True).sqrt()
+    model.save_pretrained(folder)
+    return folder
+
+
+def knowing_head(folder: Path) -> Path:
+    """A head that foretells such a target's feature: it hands on the embedding of the token."""
+    weights = heads.eagle1_weights(torch.float32, fc_bias=False)
+    weights = {name: value for name, value in weights.items() if name != "embed_tokens.weight"}
+    weights["fc.weight"] = torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)], dim=1)
+    for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
+        weights[name].zero_()
+    return heads.write(folder, heads.eagle1_settings(vocab_size=VOCAB, architectures=["EagleLlamaForCausalLM"]), weights)
+
+
+@pytest.mark.parametrize("family", some(TARGETS, "Gemma2", "Granite"))
+def test_drafts_are_the_targets_own(family: str, tmp_path: Path) -> None:
+    """At T = 1 a chain is accepted to its end in every step only if the head's distribution is the target's: embedding, LM head,
+    scales and caps.
+    """
+    target, head = random_target(tmp_path / "target", family), knowing_head(tmp_path / "head")
+    prompts = [list(range(10 + i, 30 + 3 * i)) for i in range(4)]
+    length = 1 + NUM_STEPS * (NUM_DRAFT_TOKENS + 1)
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=length, ignore_eos=True, detokenize=False) for i in range(4)]
+    with engine(target, skip_tokenizer_init=True) as llm:
+        plain = tokens(generate(llm, prompts, params))
+    with engine(target, skip_tokenizer_init=True, **trees(head, NUM_DRAFT_TOKENS, mode="chain")) as llm:
+        assert tokens(generate(llm, prompts, params)) == plain
+        assert tree_stats(llm)["tau"] > NUM_DRAFT_TOKENS + 0.8
+    assert len({token for [answer] in plain for token in answer}) > 10
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Qwen3"])
+def test_eval_sees_the_embedding_that_vllm_shares(family: str, tmp_path: Path) -> None:
+    """Gemma scales its embedding; vLLM shares the table without that, and so must training and evaluation."""
+    target = FrozenTarget(random_target(tmp_path / "target", family), torch.float32)
+    head = load_head(knowing_head(tmp_path / "head"), target)
+    ids = torch.arange(2, 40)[None]
+    assert torch.allclose(head.embed(ids), target.features(ids).last, atol=1e-3)
+
+
+def refusal(target: Path, head: Path) -> str:
+    """Why the configuration is refused; nothing is loaded for that."""
+    arguments = {**ENGINE, "skip_tokenizer_init": True, **trees(head)}
+    with pytest.raises(ValueError, match=r"target|model") as refused:
+        EngineArgs(model=str(target), **arguments).create_engine_config()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("family", NO_FEATURES)
+def test_no_eagle3_for_classes_that_hand_out_no_features(family: str, tmp_path: Path) -> None:
+    target = random_target(tmp_path / "target", family)
+    weights = heads.eagle3_weights("layers.0.", torch.float32)
+    weights |= {"d2t": torch.zeros(128, dtype=torch.long), "t2d": torch.arange(VOCAB) < 128}
+    weights["lm_head.weight"] = weights["lm_head.weight"][:128].contiguous()
+    settings = heads.eagle3_settings(vocab_size=VOCAB, draft_vocab_size=128, eagle_aux_hidden_state_layer_ids=[1, 2, 3])
+    head = heads.write(tmp_path / "head", settings, weights)
+    assert f"is a {family}ForCausalLM, of whose layers vLLM hands no features to an EAGLE-3 head" in refusal(target, head)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("GPT2", "embedding in transformer.wte.weight"), ("OPT", "embedding in model.decoder.embed_tokens.weight")],
+)
+def test_targets_that_keep_their_embedding_elsewhere_are_refused(family: str, words: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512}
+    if family == "GPT2":
+        sizes |= {"n_embd": HIDDEN, "n_layer": 2, "n_head": HEADS}
+    else:
+        sizes |= {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": HEADS, "ffn_dim": FFN}
+        sizes |= {"word_embed_proj_dim": HIDDEN}
+    name = {"GPT2": "GPT2LMHeadModel", "OPT": "OPTForCausalLM"}[family]
+    getattr(transformers, name)(getattr(transformers, f"{family}Config")(**sizes)).save_pretrained(tmp_path / "target")
+    assert words in refusal(tmp_path / "target", knowing_head(tmp_path / "head"))
+
+
+def test_attention_sinks_are_refused(tmp_path: Path) -> None:
+    """As in gpt-oss, by its name alone, and by the names of its weights."""
+    settings = {
+        **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": HIDDEN, "vocab_size": VOCAB},
+        **{"num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM},
+        **{"intermediate_size": FFN, "num_local_experts": 4, "sliding_window": 1024, "max_position_embeddings": 512},
+    }
+    target, head = tmp_path / "target", knowing_head(tmp_path / "head")
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(settings))
+    assert "has attention sinks, which no tree kernel here knows" in refusal(target, head)
+    save_file({"model.layers.0.self_attn.sinks": torch.zeros(HEADS)}, target / "model.safetensors")
+    assert "the target has attention sinks (model.layers.0.self_attn.sinks)" in refusal(target, head)
