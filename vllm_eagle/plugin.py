@@ -3,7 +3,7 @@
 Three marked wraps, which change nothing unless draft trees are asked for:
 - `EngineArgs.add_cli_args` gets our flags (options/flags.py), which all end up in `additional_config["vllm_eagle"]`;
 - `EngineArgs.create_engine_config` completes the speculative configuration and names our worker for the device
-  (options/devices.py);
+  (options/devices.py); without trees it only says how to get them, where the model is an EAGLE head itself;
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
 
@@ -13,7 +13,9 @@ the pairs of `vllm-eagle bench --replay` (bench/recorded/replay_models.py).
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_eagle.algorithm.config import CONFIG_KEY
@@ -66,12 +68,41 @@ def _with_flags(original: Callable[..., Any], parser: Any, *args: Any, **kwargs:
 def _with_trees(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     if CONFIG_KEY in (self.additional_config or {}):
         _ask_for_trees(self)
+    else:
+        _if_a_head_is_served(self)
     config = original(self, *args, **kwargs)
     if devices.is_tree_mode(config.speculative_config):
         from vllm_eagle.engine.support import check_supported
 
         check_supported(config)
     return config
+
+
+def _if_a_head_is_served(args: Any) -> None:
+    """Say what to do with an EAGLE head in place of a model: vLLM serves those of speculators with chains, if they name a target.
+
+    Raises:
+        ValueError: the head names none.
+    """
+    from vllm.logger import init_logger
+
+    config = Path(args.model) / "config.json"
+    try:
+        settings = json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError:
+        return  # vLLM says so
+    if not isinstance(settings, dict) or settings.get("speculators_model_type") != "eagle3":
+        return
+    verifier = ((settings.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
+    if not verifier:
+        raise ValueError(
+            f"model {args.model}: an EAGLE head, and it names no target; serve the target: "
+            f"vllm serve TARGET {flag('model')} {args.model}"
+        )
+    init_logger(f"vllm.{__name__}").info(
+        "%s is an EAGLE head, which vLLM serves with chains for %s. For draft trees: vllm serve %s %s %s",
+        args.model, verifier, verifier, flag("model"), args.model,
+    )  # fmt: skip
 
 
 def _ask_for_trees(args: Any) -> None:

@@ -1,5 +1,6 @@
 """Installing the plugin changes nothing for those who do not ask for trees."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from tests.engine.engines import ENGINE, trees
+from tests.heads import heads
 from vllm_eagle import plugin
 from vllm_eagle.options.devices import CPU_WORKER, is_tree_mode
 
@@ -56,3 +58,25 @@ def test_vllms_short_flags_and_speculative_config_may_not_contradict(random_mode
     changes = trees(random_models["eagle"]) | {"speculative_config": {"model": "x"}}
     with pytest.raises(ValueError, match="--spec-model and speculative_config"):
         engine_config(random_models["target"], **changes)
+
+
+def test_a_head_of_speculators_in_place_of_a_model_says_how_to_get_trees(
+    random_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verifier = {"name_or_path": str(random_models["target"]), "architectures": ["LlamaForCausalLM"]}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": 3}
+    settings: dict[str, Any] = {"algorithm": "eagle3", "proposal_methods": [proposal], "verifier": verifier}
+    weights = heads.eagle3_weights("layers.0.")
+    head = heads.write(tmp_path / "head", heads.speculators_settings(speculators_config=settings), weights)
+    told: list[str] = []
+    logger = logging.getLogger("vllm.vllm_eagle.plugin")
+    monkeypatch.setattr(logger, "info", lambda message, *values: told.append(message % values))
+    plugin._if_a_head_is_served(EngineArgs(model=str(head)))
+    assert told == [
+        f"{head} is an EAGLE head, which vLLM serves with chains for {verifier['name_or_path']}. For draft trees: "
+        f"vllm serve {verifier['name_or_path']} --speculative-model {head}"
+    ]
+    settings["verifier"] = {"name_or_path": None, "architectures": []}
+    alone = heads.write(tmp_path / "alone", heads.speculators_settings(speculators_config=settings), weights)
+    with pytest.raises(ValueError, match=r"alone: an EAGLE head, and it names no target; serve the target: vllm serve TARGET"):
+        engine_config(alone)
