@@ -14,6 +14,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.engine import loaded
 from vllm_eagle.heads import draft_vocab
 
 
@@ -50,6 +52,16 @@ class DraftLogits(torch.nn.Module):
         if self.token_ids is not None:
             return model.logits_processor(model.lm_head, hidden)
         return model.compute_logits(hidden)
+
+
+def logits_of(head: Any, target: Any, config: VllmConfig, options: TreeConfig, device: torch.device) -> DraftLogits:
+    """What the head drafts with, once it is seen that all of it is there.
+
+    Raises:
+        ValueError: something is missing, or rows of the target's LM head cannot be taken.
+    """
+    loaded.complete(head, target, config)
+    return DraftLogits(head, named_tokens(config) if options.draft_vocab else None, device)
 
 
 def named_tokens(config: VllmConfig) -> list[int] | None:

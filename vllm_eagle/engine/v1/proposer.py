@@ -25,7 +25,7 @@ from vllm_eagle.algorithm.noise import draws_seeds, gumbel, peek_seeds
 from vllm_eagle.algorithm.noise_rows import NoiseRows
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.attention.levels import DraftLevels
-from vllm_eagle.engine.draft_vocab import DraftLogits, named_tokens
+from vllm_eagle.engine.draft_vocab import DraftLogits
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.v1.backlog import Backlog
 from vllm_eagle.engine.v1.first_pass import FirstPass, passes
@@ -67,6 +67,7 @@ class EagleTreeProposer(EagleProposer):
         self._constraints = constraints
         self._keep = keep
         self._paths = paths
+        self.logits: DraftLogits  # once the model is loaded
         self.first_rows = 0  # committed tokens that the head ran over in the last step
         self.level_rows: list[int] = []  # nodes in each level that it ran
         self.levels_s = 0.0  # seconds from the first level on
@@ -86,7 +87,6 @@ class EagleTreeProposer(EagleProposer):
             layer = owner._modules.get(name)
             if isinstance(layer, BaseLayerWithLoRA):
                 owner.add_module(name, layer.base_layer)
-        self.logits = DraftLogits(self.model, named_tokens(self.vllm_config) if self._config.draft_vocab else None, self.device)
 
     def prepare_inputs(
         self,

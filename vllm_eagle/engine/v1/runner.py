@@ -32,7 +32,7 @@ from vllm_eagle.algorithm.verify import TreeBatch, lay_out
 from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.budget.budget import Plan
-from vllm_eagle.engine import loaded
+from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.v1.costs import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
 from vllm_eagle.engine.v1.planning import DraftPlanning
@@ -97,7 +97,7 @@ class EagleTreeRunner(DraftPlanning):
             ValueError: something is missing, or a layer cannot; the message says why.
         """
         super().load_model(*args, **kwargs)
-        loaded.complete(self.drafter.model, self.get_model(), self.vllm_config)
+        self.drafter.logits = logits_of(self.drafter.model, self.get_model(), self.vllm_config, self.tree_config, self.device)
         check_layers(self.compilation_config.static_forward_context, self.max_model_len)
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:

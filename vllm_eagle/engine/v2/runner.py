@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import check_layers
+from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.v2.late import LateReads
 from vllm_eagle.engine.v2.sampler import TreeSampler
 from vllm_eagle.engine.v2.slots import SlotTrees
@@ -73,6 +74,9 @@ class EagleTreeRunner:
         """
         super().load_model(*args, **kwargs)
         runner: Any = self
+        runner.speculator.logits = logits_of(
+            runner.speculator.model, runner.model, runner.vllm_config, self.tree_config, runner.device
+        )
         check_layers(runner.compilation_config.static_forward_context, runner.max_model_len)
         runner.rejection_sampler = TreeSampler(
             runner.sampler,

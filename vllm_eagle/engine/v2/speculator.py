@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.algorithm.draft import Level, Limits, NoiseAt, Request, grow_pool
 from vllm_eagle.attention.levels import DraftLevels
-from vllm_eagle.engine.draft_vocab import DraftLogits, named_tokens
+from vllm_eagle.engine.draft_vocab import DraftLogits
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.v2.noise import coming_noise
 from vllm_eagle.engine.v2.slots import SlotTrees
@@ -49,12 +49,8 @@ class TreeSpeculator(EagleSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, config: TreeConfig, owner: Owner):
         super().__init__(vllm_config, device)
         self._config, self._owner = config, owner
+        self.logits: DraftLogits  # once the model is loaded
         self.use_acceptance_estimator = False  # vLLM's, for adaptive verification; it takes what was accepted for a chain
-
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """As vLLM's; then know what the head can draft."""
-        super().load_model(target_model)
-        self.logits = DraftLogits(self.model, named_tokens(self.vllm_config) if self._config.draft_vocab else None, self.device)
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Called by vLLM after the first pass with the head's features [num_reqs, hidden] of the roots."""
