@@ -1,5 +1,6 @@
 """Counters of trees: what is counted, how it is shared between processes, and what Prometheus and the log make of it."""
 
+import errno
 import gc
 import json
 import logging
@@ -164,6 +165,21 @@ def test_the_file_shows_another_process_counters(tmp_path: Path) -> None:
     path.write_bytes(b"short")
     with pytest.raises(ValueError, match=r"."):
         stats_file.look(path)
+
+
+def test_the_file_has_its_space_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting into a file that finds no space would end the engine with SIGBUS."""
+    path = tmp_path / "stats"
+    stats_file.create(path)
+    assert path.stat().st_size == COUNTS.itemsize <= 512 * path.stat().st_blocks
+
+    def no_space(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        stats_file.create(path)
+    assert not path.exists()
 
 
 def test_files_of_killed_engines_are_removed_and_others_kept(tmp_path: Path) -> None:

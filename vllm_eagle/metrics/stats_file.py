@@ -29,7 +29,7 @@ def create(path: Path) -> np.ndarray:
     """Counters of zero, readable by this user alone.
 
     Raises:
-        OSError: the file cannot be made, for example because somebody else's file has its name.
+        OSError: the file cannot be made, for example because somebody else's file has its name, or there is no space left.
     """
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
@@ -38,7 +38,12 @@ def create(path: Path) -> np.ndarray:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # held as long as the counters are mapped: says that somebody still counts
-        file.truncate(COUNTS.itemsize)
+        try:
+            # Real space: where a sparse file finds none later, the first count ends the process with SIGBUS.
+            os.posix_fallocate(descriptor, 0, COUNTS.itemsize)
+        except OSError:
+            path.unlink()
+            raise
         return np.asarray(np.memmap(file, COUNTS, "r+", shape=()))  # counted in every step, and a plain array is quicker
 
 
