@@ -65,16 +65,20 @@ def _with_flags(original: Callable[..., Any], parser: Any, *args: Any, **kwargs:
     return parser
 
 
-def _with_trees(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_trees(original: Callable[..., Any], self: Any, usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
     if CONFIG_KEY in (self.additional_config or {}):
         _ask_for_trees(self)
     else:
         _if_a_head_is_served(self)
-    config = original(self, *args, **kwargs)
+    config = original(self, usage_context, *args, **kwargs)
     if devices.is_tree_mode(config.speculative_config):
+        from vllm.usage.usage_lib import UsageContext
+
         from vllm_eagle.engine.support import check_supported
 
         check_supported(config)
+        if usage_context is UsageContext.OPENAI_API_SERVER:
+            _prepare_server(config)
     return config
 
 
@@ -103,6 +107,20 @@ def _if_a_head_is_served(args: Any) -> None:
         "%s is an EAGLE head, which vLLM serves with chains for %s. For draft trees: vllm serve %s %s %s",
         args.model, verifier, verifier, flag("model"), args.model,
     )  # fmt: skip
+
+
+def _prepare_server(config: Any) -> None:
+    """In a process that answers requests, or starts those that do."""
+    from vllm import envs
+    from vllm.logger import init_logger
+
+    from vllm_eagle.options.instances import remember
+
+    if envs.VLLM_USE_RUST_FRONTEND:
+        init_logger(f"vllm.{__name__}").warning(
+            "vLLM's Rust front end runs no plugins: no vllm_eagle_ metrics in /metrics; unset VLLM_USE_RUST_FRONTEND."
+        )
+    remember(config)
 
 
 def _ask_for_trees(args: Any) -> None:

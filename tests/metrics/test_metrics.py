@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
@@ -29,6 +30,8 @@ from tests.serving.fake_engine import Engine
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.metrics import stats_file
 from vllm_eagle.metrics.counters import COUNTS, DECISIONS, STAGES, TreeMetrics
+from vllm_eagle.options import instances
+from vllm_eagle.serving import multiprocess
 from vllm_eagle.serving.families import TreeCollector, families, load_label
 from vllm_eagle.serving.stat_logger import EagleStatLogger, Load
 from vllm_eagle.serving.summary import log_line
@@ -56,10 +59,21 @@ def samples(metrics: TreeMetrics, **options: Any) -> dict[str, float]:
     """Prometheus' text, read back: `name{label=value}` without the labels that all have."""
     registry = CollectorRegistry()
     registry.register(TreeCollector(lambda: metrics, TreeConfig(**options), LABELS))
+    return read(registry)
+
+
+def shared(folder: Path) -> dict[str, float]:
+    """The same of a registry that processes share, as vLLM makes it."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    return read(registry)
+
+
+def read(registry: CollectorRegistry) -> dict[str, float]:
     found = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
-            assert sample.labels.items() >= LABELS.items()
+            assert sample.labels.keys() >= LABELS.keys()
             rest = ",".join(f"{k}={v}" for k, v in sample.labels.items() if k not in LABELS)
             found[sample.name + (f"{{{rest}}}" if rest else "")] = sample.value
     return found
@@ -205,11 +219,16 @@ def test_files_of_killed_engines_are_removed_and_others_kept(tmp_path: Path) -> 
 
 @contextmanager
 def stat_logger(engine: Engine) -> Iterator[EagleStatLogger]:
-    yield EagleStatLogger(engine.vllm_config, [0])
+    stats = EagleStatLogger(engine.vllm_config, [0])
+    yield stats
+    unregister()
+    stats_file.remove(engine.file)
+
+
+def unregister() -> None:
     for collector in list(REGISTRY._collector_to_names):
         if isinstance(collector, TreeCollector):
             REGISTRY.unregister(collector)
-    stats_file.remove(engine.file)
 
 
 def exposed() -> str:
@@ -275,27 +294,84 @@ def test_a_missing_file_is_said_once_and_leaves_metrics_alone(said: list[str]) -
     assert "must run on this machine" in said[0]
 
 
-def test_several_api_servers_are_told_where_to_look(said: list[str]) -> None:
-    for rank in (0, 1):
-        engine = Engine()
+def comes_true(happens: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not happens() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return happens()
+
+
+def test_files_of_shared_metrics_hold_the_same_samples(tmp_path: Path) -> None:
+    metrics = counted()
+    files = multiprocess.Files(tmp_path)
+    for _ in range(3):
+        files.write(TreeCollector(lambda: metrics, TreeConfig(), LABELS).collect())
+        assert shared(tmp_path) == samples(metrics)
+        metrics.count_verification(16, 2, 1)
+        metrics.counts["speculation_off"] = 1 - metrics.counts["speculation_off"]
+
+
+def test_where_processes_share_metrics_ours_are_among_them(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(multiprocess, "EVERY_S", 0.01)
+    engine = Engine()
+    engine.create_file()
+    with stat_logger(engine):
+        for accepted in (3, 0, 8):
+            engine.metrics.count_verification(16, accepted, 1)
+            assert comes_true(lambda: shared(tmp_path) == samples(engine.metrics))
+        engine.metrics.counts["speculation_off"] = 1
+        assert comes_true(lambda: shared(tmp_path)["vllm_eagle_speculation_off"] == 1)
+        assert exposed() == ""
+    assert said == []
+
+
+def test_the_first_of_several_api_servers_speaks_for_all(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a configuration of its own; the engine has that of the process which started them."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv("EAGLE_TREES_INSTANCE", "another server's")
+    starting, first, second = Engine(), Engine(), Engine()
+    for rank, engine in enumerate((starting, first, second), start=-1):
         engine.vllm_config.parallel_config = SimpleNamespace(_api_process_count=2, _api_process_rank=rank)
-        with stat_logger(engine) as stats:
-            stats.log()
-            assert exposed() == ""
+        instances.remember(engine.vllm_config)
+    starting.create_file()
+    starting.metrics.count_verification(16, 3, 1)
+    with stat_logger(first) as stats, stat_logger(second) as other:
+        assert comes_true(lambda: shared(tmp_path).get("vllm_eagle_nodes_accepted_total") == 3)
+        starting.metrics.add("num_passes", 5)
+        stats.log()
+        other.log()
+    stats_file.remove(starting.file)
     assert len(said) == 1
-    assert "/eagle/metrics" in said[0]
+    assert said[0].startswith("Draft trees: tau 4.00 over 1 trees in 5 target passes")
+
+
+def test_one_api_server_has_the_name_of_its_own_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EAGLE_TREES_INSTANCE", "another server's")
+    config = Engine().vllm_config
+    instances.remember(config)
+    assert instances.instance_id(config) == config.instance_id
+
+
+def test_a_missing_folder_of_shared_metrics_is_said(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "missing"))
+    engine = Engine()
+    engine.create_file()
+    with stat_logger(engine):
+        assert len(said) == 1
+    assert f"PROMETHEUS_MULTIPROC_DIR={tmp_path}/missing cannot be written" in said[0]
 
 
 def test_the_front_end_removes_the_file_of_a_worker_that_was_killed() -> None:
     engine = Engine()
     engine.create_file()
-    with stat_logger(engine) as stats:
-        assert engine.file.exists()
-        for collector in list(REGISTRY._collector_to_names):
-            if isinstance(collector, TreeCollector):
-                REGISTRY.unregister(collector)
-        del stats, collector
+    stats = EagleStatLogger(engine.vllm_config, [0])
+    assert engine.file.exists()
+    del stats
     gc.collect()
+    unregister()
     assert not engine.file.exists()
 
 

@@ -239,22 +239,27 @@ def register():
 
 
 def test_a_failure_in_drafting_costs_no_answer(expected: list[list[int]], tmp_path: Path) -> None:
-    """Injected by another plugin. So few tokens fit into a step that some requests wait for the next one with their trees."""
+    """Injected by another plugin. So few tokens fit into a step that some requests wait for the next one with their trees.
+
+    Metrics go through files, as where several servers are scraped as one.
+    """
     plugins = tmp_path / "plugins"
     (plugins / "failing-1.dist-info").mkdir(parents=True)
     (plugins / "failing-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: failing\nVersion: 1\n")
     (plugins / "failing-1.dist-info" / "entry_points.txt").write_text("[vllm.general_plugins]\nfailing = failing:register\n")
     (plugins / "failing.py").write_text(PLUGIN)
     options = (*TREES, "--max-num-batched-tokens", "72", "--max-num-seqs", "16")
-    with started(tmp_path / "log", *options, environment={"PYTHONPATH": str(plugins)}) as server:
+    (tmp_path / "metrics").mkdir()
+    environment = {"PYTHONPATH": str(plugins), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics")}
+    with started(tmp_path / "log", *options, environment=environment) as server:
         server.wait_until_healthy(time.monotonic() + START_S)
         assert answers(server) == expected
         assert answers(server) == expected
+        assert wait_until(lambda: tree_metrics(server).get("vllm_eagle_speculation_off") == 1)
         samples = tree_metrics(server)
         log = server.log.read_text()
     assert log.count("Drafting failed") == 1
     assert log.count("RuntimeError: injected") == 1
-    assert samples["vllm_eagle_speculation_off"] == 1
     assert samples["vllm_eagle_drafting_errors_total"] == 1
     assert samples["vllm_eagle_nodes_accepted_total"] > 0  # before it failed
 

@@ -11,6 +11,7 @@ from vllm.engine.protocol import EngineClient
 from vllm_eagle.metrics import stats_file
 from vllm_eagle.metrics.counters import TreeMetrics
 from vllm_eagle.options.devices import is_tree_mode
+from vllm_eagle.options.instances import instance_id
 from vllm_eagle.serving.families import TreeCollector
 from vllm_eagle.serving.history import KEPT_S, History
 from vllm_eagle.serving.source import Source
@@ -35,7 +36,7 @@ class Feed:
         if not is_tree_mode(self._vllm_config.speculative_config):
             return
         self._config = tree_config(self._vllm_config)
-        self._source = Source(engine, stats_file.path_of(self._vllm_config.instance_id))
+        self._source = Source(engine, stats_file.path_of(instance_id(self._vllm_config)))
         self._view = TreeView(token_text(engine.get_tokenizer()) if self._config.show_text else None)
 
     @property

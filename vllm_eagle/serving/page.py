@@ -99,7 +99,7 @@ async def _data(feed: Feed) -> Response:
 
 
 async def _metrics(feed: Feed) -> Response:
-    """The metrics of /metrics that are ours, also where several API servers hide them from it."""
+    """The metrics of /metrics that are ours, asked for as the page's data are."""
     registry = CollectorRegistry()
     collector = await feed.collector()
     if collector is not None:

@@ -1,9 +1,10 @@
 """Prometheus metrics and a log line, through vLLM's entry point group `vllm.stat_logger_plugins`.
 
-vLLM makes one logger per front end of a server. In tree mode it puts a collector into the registry behind vLLM's /metrics;
-otherwise it does nothing.
+vLLM makes one logger per front end of a server. In tree mode the first of them puts our metrics where vLLM's /metrics finds its
+own: a collector into its registry, or files where processes share them (multiprocess.py). Otherwise it does nothing.
 """
 
+import os
 import time
 import weakref
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.metrics import stats_file
 from vllm_eagle.metrics.counters import TreeMetrics
 from vllm_eagle.options.devices import is_tree_mode
+from vllm_eagle.options.instances import instance_id
+from vllm_eagle.serving import multiprocess
 from vllm_eagle.serving.families import TreeCollector
 from vllm_eagle.serving.summary import log_line
 
@@ -39,26 +42,25 @@ class EagleStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]):
         self.load: Load | None = None
-        self._path: Path | None = None
-        self._warned = False
+        self._counters: _Counters | None = None
         self._last = TreeMetrics()
         self._last_s = time.monotonic()
-        if not is_tree_mode(vllm_config.speculative_config):
+        # All of several API servers would say the same; ranks count from 0, and one alone has -1 or 0.
+        if not is_tree_mode(vllm_config.speculative_config) or vllm_config.parallel_config._api_process_rank > 0:
             return
-        parallel = vllm_config.parallel_config
-        if parallel._api_process_count > 1:
-            # Each has a registry of files, which shows no collectors, and a configuration of its own, which names another file.
-            if parallel._api_process_rank <= 0:
-                logger.warning(
-                    "No vllm_eagle_ metrics in /metrics with --api-server-count %d; scrape /eagle/metrics "
-                    "(VLLM_PLUGINS=eagle_trees) or use one API server.",
-                    parallel._api_process_count,
-                )
-            return
-        self._path = stats_file.path_of(vllm_config.instance_id)
+        path = stats_file.path_of(instance_id(vllm_config))
         # The worker removes its file, unless it was killed.
-        weakref.finalize(self, stats_file.remove, self._path)
-        _replace(TreeCollector(self._look, tree_config(vllm_config), labels(vllm_config, engine_indexes[0])))
+        weakref.finalize(self, stats_file.remove, path)
+        self._counters = _Counters(path)
+        collector = TreeCollector(self._counters, tree_config(vllm_config), labels(vllm_config, engine_indexes[0]))
+        folder = os.environ.get(multiprocess.FOLDER)
+        if folder is None:
+            _replace(collector)
+            return
+        try:
+            weakref.finalize(self, multiprocess.copy_to(Path(folder), collector))
+        except OSError as error:
+            logger.warning("No vllm_eagle_ metrics: %s=%s cannot be written (%s).", multiprocess.FOLDER, folder, error)
 
     def record(
         self,
@@ -80,7 +82,7 @@ class EagleStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is
 
     def log(self) -> None:
         """Print what happened since the last call."""
-        metrics = self._look()
+        metrics = None if self._counters is None else self._counters()
         if metrics is None:
             return
         now_s = time.monotonic()
@@ -89,9 +91,15 @@ class EagleStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is
         if line is not None:
             logger.info("%s", line)
 
-    def _look(self) -> TreeMetrics | None:
-        if self._path is None:
-            return None
+
+class _Counters:
+    """The worker's, as they are at each call; none if they cannot be read, which is said once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._warned = False
+
+    def __call__(self) -> TreeMetrics | None:
         try:
             return stats_file.look(self._path)
         except (OSError, ValueError) as error:
