@@ -14,23 +14,7 @@ So twice in general, and up to d times more where a request has penalties, logpr
 holds that growth reads nothing, the rest was read, not run. Besides, every sampled request costs a launch per level for its coming
 noise (noise_rows.py) and one per node and depth when it is used (node_noise.py), as it costs vLLM one per sampled token.
 
-What vLLM's V2 runner (vllm/v1/worker/gpu, 0.32; read, not run) would need instead, in the order of a step:
-
-- It knows exact lengths and drafts on the GPU only, so a request's tree must live there: parents, depths, ancestors, scores and the
-  number of nodes beside its `RequestState.draft_tokens`, paths of the step beside `num_sampled`. The trees kept here by request id,
-  and the comparison with what the scheduler sends back, which is -1 for every draft token there, would go.
-- Positions: override `prepare_attn`; after vLLM has derived slots, write context length plus depth. Attention's builders find the
-  trees on the GPU; `attach` takes them from the host.
-- Acceptance: a subclass of its RejectionSampler overriding `_verify`: apply the sampling parameters to all rows, draw with
-  `gumbel_sample`, then ops/walk.py. Its noise is a hash of seed, position and token, so nothing is consumed and coupling is simple.
-  But its kernels of penalties, bad words and thinking budgets take a request's rows for a chain, and grammars want a row per draft.
-- Compaction by ops/move_slots.py, which takes paths from the GPU already.
-- Drafting: a subclass of its EagleSpeculator growing levels of fixed width with ops/best_children.py and ops/rerank.py. Depth and
-  number of nodes would be fixed before the step, since nothing may be read back: the budget would choose among captured sizes.
-- Full CUDA graphs want fixed buffers and split counts in our metadata; without them, graphs between attention layers, as here.
-
-Algorithm, kernels, heads and configuration would stay; runner, proposer, scorer and scheduler would be written a second time. That
-is not small, and it could not be tried: it is left until the V1 runner has run on a GPU.
+The engine for vLLM's V2 runner, which waits for nothing, is being built in engine/v2/ and will take this one's place.
 """
 
 from collections.abc import Iterator
