@@ -11,7 +11,7 @@ from tests.train.test_train import settings
 from vllm_eagle.cli import main
 from vllm_eagle.heads import draft_vocab
 from vllm_eagle.train.features.target import FrozenTarget
-from vllm_eagle.train.head.files import load_head
+from vllm_eagle.train.head.files import load_head, save_head
 from vllm_eagle.train.head.models import EagleHead
 from vllm_eagle.train.head.objective import LossWeights, Objective
 from vllm_eagle.train.run.build import new_head
@@ -100,6 +100,23 @@ def test_a_vocabulary_is_chosen_without_training(
     command[1] = str(tmp_path / "eagle3")
     assert main([*command, "4"]) == 2
     assert "among its weights" in capsys.readouterr().err
+
+
+def test_a_chosen_vocabulary_holds_the_end_of_answers(
+    target_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the only answer is cut. What is left out is said."""
+    save_head(new_head(FrozenTarget(target_path, torch.float32), settings(target_path, data, tmp_path), [])[0], tmp_path / "head")
+    (target_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    answers = tmp_path / "answers.jsonl"
+    cut = {"role": "assistant", "content": "abcd" * 5, "finish_reason": "length"}
+    answers.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}, cut]}) + "\n{broken\n")
+    command = ["draft-vocab", str(tmp_path / "head"), "--target", str(target_path), "--data", str(answers), "--size", "3"]
+    assert main(command) == 0
+    chosen = draft_vocab.read(tmp_path / "head", VOCAB)
+    assert chosen is not None
+    assert chosen[0] == 1
+    assert "left out: 1 x broken JSON" in capsys.readouterr().err
 
 
 def test_medusa_has_none(target_path: Path, data: Path, tmp_path: Path) -> None:

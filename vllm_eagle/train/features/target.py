@@ -59,9 +59,7 @@ class FrozenTarget:
     @property
     def end_tokens(self) -> set[int]:
         """Tokens after which a server ends an answer."""
-        config = getattr(self.model, "generation_config", None) or self.config
-        ends = config.eos_token_id
-        return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+        return end_tokens(getattr(self.model, "generation_config", None) or self.config)
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +119,12 @@ class FrozenTarget:
                 f"target {self.path}: {type(self.model).__name__} scales or caps its logits after the LM head, so a head cannot "
                 "learn them from features; targets like Llama, Qwen2, Qwen3 and Mistral work"
             )
+
+
+def end_tokens(config: Any) -> set[int]:
+    """Tokens after which a server ends an answer, by a model's config or generation config."""
+    ends = config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
 
 
 def _torn_file(folder: Path) -> str | None:
