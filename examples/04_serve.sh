@@ -4,14 +4,13 @@
 #     bash examples/04_serve.sh [PORT [OPTION ...]]        # options go to `vllm serve`
 #
 # With KEEP=1 it stays up until Ctrl-C, for the examples 05 to 07. Your own pair: MODEL=... HEAD=... bash examples/04_serve.sh
-# With REAL=1 the target is SmolLM2-135M-Instruct, whose first use downloads 93 MB; as yet it takes HEAD=..., a head for it.
+# With REAL=1 the target is SmolLM2-135M-Instruct, whose first use downloads 93 MB, with our head for it.
 set -euo pipefail
 PORT=${1:-8000}
 shift || true
 PACKAGE=$(python -c "import pathlib, vllm_eagle; print(pathlib.Path(vllm_eagle.__file__).parent)")
 if [[ -n ${REAL:-} ]]; then
     [[ -z ${MODEL:-} ]] || { echo "REAL=1 names the model; remove it, or MODEL" >&2; exit 2; }
-    [[ -n ${HEAD:-} || -d $PACKAGE/pair/real_head ]] || { echo "no head for the real target ships yet; name one in HEAD" >&2; exit 2; }
     MODEL=$(vllm-eagle real-target)
     HEAD=${HEAD:-$PACKAGE/pair/real_head}
 fi

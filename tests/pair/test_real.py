@@ -202,25 +202,15 @@ def test_flags(
         raise AssertionError("the real target was fetched")
 
     monkeypatch.setattr(real, "real_target", never)
-    monkeypatch.setattr(pair, "REAL_HEAD", tmp_path / "head")
-    monkeypatch.setattr(pair, "REAL_EAGLE3_HEAD", tmp_path / "eagle3")
     assert main([command]) == 0
-    line = refused("--real")
-    assert "no head for the real target ships yet" in line
-    assert 'vllm-eagle train --target "$(vllm-eagle real-target)"' in line
     model = "--target" if command == "eval" else "--model"
     assert "--real names the target" in refused("--real", model, "x", "--head", "y")
 
     monkeypatch.setattr(real, "real_target", lambda: tmp_path)
     assert main([command, "--real", "--head", "mine"]) == 0
-    for head in ("eagle3", "head"):  # the second goes first where both are
-        (tmp_path / head).mkdir()
-        assert main([command, "--real"]) == 0
+    assert main([command, "--real"]) == 0
     target = str(tmp_path)
-    assert ran == [
-        (str(pair.TARGET), str(pair.HEAD)),
-        *((target, head) for head in ("mine", str(tmp_path / "eagle3"), str(tmp_path / "head"))),
-    ]
+    assert ran == [(str(pair.TARGET), str(pair.HEAD)), (target, "mine"), (target, str(pair.REAL_HEAD))]
 
 
 def test_replay_makes_its_own_target(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,20 +105,14 @@ def _add_models(parser: argparse.ArgumentParser, target: str = "--model") -> Non
 
 
 def _pair(args: argparse.Namespace) -> tuple[str, str]:
-    from vllm_eagle.pair import HEAD, REAL_EAGLE3_HEAD, REAL_HEAD, TARGET
+    from vllm_eagle.pair import HEAD, REAL_HEAD, TARGET
 
     if args.real:
         if args.model is not None:
             raise ValueError("--real names the target; remove it, or --model and --target")
-        head = args.head or next((str(head) for head in (REAL_HEAD, REAL_EAGLE3_HEAD) if head.is_dir()), None)
-        if head is None:
-            raise ValueError(
-                "no head for the real target ships yet; train one with "
-                '`vllm-eagle train --target "$(vllm-eagle real-target)" --data FILE --out HEAD` and name it with --head HEAD'
-            )
         from vllm_eagle.pair.real import real_target
 
-        return str(real_target()), head
+        return str(real_target()), args.head or str(REAL_HEAD)
     if (args.model is None) != (args.head is None):
         raise ValueError("the target and --head belong together; give both, or neither for the shipped pair")
     return (str(TARGET), str(HEAD)) if args.model is None else (args.model, args.head)
