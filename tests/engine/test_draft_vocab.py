@@ -102,6 +102,6 @@ def test_tau_is_what_eval_expects(tmp_path: Path, temperature: float) -> None:
 def test_a_wrong_file_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     target, head = random_target(tmp_path / "target"), random_eagle1_head(tmp_path / "head")
     draft_vocab.write(head, [1, 2], VOCAB + 1)
-    words = rf"draft_vocab.json: it is for a vocabulary of {VOCAB + 1}, .* or set draft_vocab to false"
+    words = rf"draft_vocab.json: it is for a vocabulary of {VOCAB + 1}, .* make it anew with `vllm-eagle draft-vocab`"
     with pytest.raises(ValueError, match=words), engine(target, **trees(head)):
         pass
