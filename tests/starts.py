@@ -10,7 +10,7 @@ from typing import Literal
 
 Kind = Literal["engine", "server"]
 # Of the default run. A server takes 15 to 40 s, the first engine of a process 5 s, the next ones half a second.
-MOST: dict[Kind, int] = {"engine": 150, "server": 2}
+MOST: dict[Kind, int] = {"engine": 130, "server": 2}
 _FILE, _LIMITED = "EAGLE_TEST_STARTS", "EAGLE_TEST_STARTS_LIMITED"
 
 

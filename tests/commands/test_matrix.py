@@ -17,6 +17,7 @@ from tests.engine.engines import ENGINE, trees
 from vllm_eagle.cli import main
 from vllm_eagle.commands import matrix
 from vllm_eagle.engine import support
+from vllm_eagle.pair import REAL_HEAD
 
 # A change to the configuration that breaks each rule.
 BREAKS: dict[str, dict[str, object]] = {
@@ -35,6 +36,7 @@ BREAKS: dict[str, dict[str, object]] = {
     "sliding windows shorter than max_model_len, on CPUs": {"model_config.get_sliding_window": lambda: 64},
     "attention sinks": {"model_config.hf_text_config.model_type": "gpt_oss"},
     "heads that do not fit the target": {"model_config.get_hidden_size": lambda: 96},
+    "draft vocabularies of another target": {"speculative_config.draft_model_config.model": str(REAL_HEAD)},
     "EAGLE-3 heads for classes that have no such interface in vLLM": {
         "speculative_config.method": "eagle3",
         "model_config.architectures": ["MixtralForCausalLM"],

@@ -57,10 +57,10 @@ def test_tokens_are_the_same_with_levels_of_fixed_width(
     depths(lambda step: 8)  # whatever pays on this machine
     widths: list[list[int]] = []
 
-    def grow(*args: Any) -> list[DraftTree]:
+    def grow(*args: Any, **kwargs: Any) -> list[DraftTree]:
         assert args[-1].fixed_width
         widths.append(args[-1].widths)
-        return draft.grow(*args)
+        return draft.grow(*args, **kwargs)
 
     monkeypatch.setattr(proposer, "grow", grow)
     monkeypatch.setattr(DraftPlanning, "_fixed_width", True)

@@ -55,7 +55,7 @@ def random_target(folder: Path, family: str) -> Path:
                 parameter.zero_()
         table = model.get_input_embeddings().weight
         table -= table.mean(1, keepdim=True)
-        table /= table.pow(2).mean(1, keepdim=True).sqrt()
+        table /= table.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-6)  # the padding's row is zero
     model.save_pretrained(folder)
     return folder
 

@@ -151,7 +151,7 @@ def test_nodes_of_a_tree_are_chains_run_one_by_one(random_models: dict[str, Path
         hidden, _ = head(token_ids[:, 1:8], head.fuse(inputs[:, :7]), places[:, :7], chain)
         for token, position, found in ((4, 7, first[0, 1]), (33, 8, second[0, 0])):
             hidden, ready = head(torch.tensor([[token]]), hidden[:, -1:], torch.tensor([[position]]), chain)
-            torch.testing.assert_close(found, levels.logits(ready)[0, 0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, head.logits(ready)[0, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_heads_of_other_formats_are_read(random_models: dict[str, Path], tmp_path: Path) -> None:

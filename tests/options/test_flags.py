@@ -55,7 +55,14 @@ def test_a_head_is_all_it_takes(parser: FlexibleArgumentParser, random_models: d
 
 
 def test_every_option_has_a_flag(parser: FlexibleArgumentParser) -> None:
-    values = {"mode": "static", "coupled": False, "budget": False, "show_text": True, "static_shape": [[0], [1], [0, 0]]}
+    values = {
+        "mode": "static",
+        "coupled": False,
+        "budget": False,
+        "draft_vocab": False,
+        "show_text": True,
+        "static_shape": [[0], [1], [0, 0]],
+    }
     arguments = []
     expected: dict[str, Any] = {}
     for i, name in enumerate(annotations()):

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_eagle import files
 from vllm_eagle.heads import checkpoint
 from vllm_eagle.heads.check import oddities
 from vllm_eagle.heads.form import layer_settings, needed_tensors, vllms_form
@@ -53,7 +52,7 @@ def convert(source: Path, out: Path, to: Destination, target: Path | None, aux_l
     try:
         checkpoint.write(out, config, tensors)
         checkpoint.copy_companions(source, out)
-    except (OSError, files.WriteError) as error:
+    except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
     written = dataclasses.replace(head, files=(checkpoint.WEIGHTS,))
     mended = [f"mended: {difference}" for difference in found.differences] if to == "vllm" else []

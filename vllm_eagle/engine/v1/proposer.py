@@ -168,7 +168,7 @@ class EagleTreeProposer(EagleProposer):
                 self._config,
                 self._noise(step.requests, sampling_metadata) if self._config.coupled else None,
                 step.limits,
-                self.logits.token_ids,
+                token_ids=self.logits.token_ids,
             )
             if level_pass.started_s is not None:
                 self.levels_s = time.perf_counter() - level_pass.started_s

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from vllm_eagle import files
 
@@ -69,6 +68,8 @@ def load(accelerator: Any, folder: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> None:
     """Read a file of a checkpoint, but not the values of tensors."""
+    from safetensors import safe_open
+
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt"):
             pass
