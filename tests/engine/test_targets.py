@@ -33,7 +33,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "Qwen3Moe": _MOE,
     "Qwen3": {},
     "Phi3": {"pad_token_id": 0},
-    "SmolLM3": {"pad_token_id": 0},
+    "SmolLM3": {"pad_token_id": 0, "tie_word_embeddings": False},
     "Glm4": {"pad_token_id": 0},
     "Olmo2": {"pad_token_id": 0},
 }

@@ -1,7 +1,9 @@
 """The worker of the test bed: vLLM's CPU worker with its V2 runner, and ours put before that."""
 
+from functools import partial
 from typing import Any
 
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -30,7 +32,25 @@ def register(attention: str) -> None:
 class TreeV2Runner(EagleTreeRunner, CPUModelRunner):
     """Trees in vLLM's V2 runner for CPUs."""
 
-    _prepare_moves = EagleTreeGPUModelRunner._prepare_moves
+    def _prepare_moves(self) -> None:
+        """As on a GPU, but vLLM's CPU attention packs its cache in another way, which its implementation knows."""
+        layers = list(self._target_layers())
+        if not hasattr(layers[0][1][0].impl, "move_slots"):
+            EagleTreeGPUModelRunner._prepare_moves(self)  # type: ignore[arg-type]
+            return
+        self._moves = [(gid, partial(_move, alike, self.block_tables.block_sizes[gid])) for gid, alike in layers]
+
+
+def _move(layers: Any, block_size: int, block_table: torch.Tensor, context_lens: torch.Tensor, paths: torch.Tensor) -> None:
+    accepted = paths > 0
+    depths = torch.arange(1, paths.shape[1] + 1)
+    rows = torch.arange(len(paths))[:, None].expand_as(paths)[accepted]
+
+    def slots(positions: torch.Tensor) -> torch.Tensor:
+        return block_table[rows, positions // block_size].long() * block_size + positions % block_size
+
+    sources, targets = ((context_lens[:, None] + places)[accepted] for places in (paths, depths))
+    layers[0].impl.move_slots(layers, slots(sources), slots(targets))
 
 
 class TreeV2Worker(CPUWorker):
