@@ -6,8 +6,7 @@ from unittest.mock import patch
 
 import torch
 
-from vllm_eagle.engine.v2 import runner, speculator
-from vllm_eagle.engine.v2.noise import coming_noise
+from vllm_eagle.engine.v2 import runner
 
 
 def no_compaction() -> AbstractContextManager[Any]:
@@ -33,12 +32,3 @@ def positions_by_row() -> AbstractContextManager[Any]:
         return super(runner.EagleTreeRunner, self).prepare_attn(batch)
 
     return patch.object(runner.EagleTreeRunner, "prepare_attn", prepare)
-
-
-def noise_of_another_position() -> AbstractContextManager[Any]:
-    """Drafts with the noise of the position before: tokens stay right, fewer drafts are accepted."""
-
-    def shifted(seeds: Any, temperatures: Any, slots: Any, positions: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return coming_noise(seeds, temperatures, slots, positions - 1, *rest)
-
-    return patch.object(speculator, "coming_noise", shifted)
