@@ -113,3 +113,21 @@ def random_eagle3_head(folder: Path, draft_vocab: int = 256, **changes: object) 
         **changes,
     )
     return _write(folder, settings, weights)
+
+
+def with_markers(model: Path, folder: Path, *markers: str) -> Path:
+    """A copy of a model whose tokenizer has these as tokens of their own: its last tokens that are part of no other, renamed."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    for marker in markers:
+        parts = {part for merge in merges for part in merge}
+        place = max(i for i, merge in enumerate(merges) if "".join(merge) not in parts)
+        vocabulary[marker] = vocabulary.pop("".join(merges.pop(place)))
+        added = {"id": vocabulary[marker], "content": marker, "single_word": False, "lstrip": False, "rstrip": False}
+        tokenizer["added_tokens"].append(added | {"normalized": False, "special": False})
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder

@@ -54,11 +54,11 @@ def main() -> int:
 
 
 def all_fingerprints() -> Fingerprints:
-    """Of CPU and, if its modules can be imported, CUDA."""
+    """Of the front end, of CPU and, if its modules can be imported, CUDA."""
     from vllm_eagle.engine import seams
 
     cuda = list(seams._cuda_seams()) if find_spec("triton") else []
-    return seams.fingerprints([*seams._seams(), *cuda])
+    return seams.fingerprints([*seams._seams(), *seams._serving_seams(), *cuda])
 
 
 def print_table(old_version: str, old: Fingerprints, new_version: str, new: Fingerprints) -> None:

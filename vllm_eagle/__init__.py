@@ -16,7 +16,7 @@ proposer.py drafts, scorer.py verifies and accepts, planning.py asks the budget)
     engine/      vLLM's workers and runners with trees; v1/ is the one for its V1 runner
     options/     what users set: flags, one request's, a device's; as vLLM's engine arguments
     plugin.py    the entry point that vLLM calls; llm.py is its LLM class with trees
-    metrics/     counted in the worker; serving/: shown by the server, as metrics, log lines and a page
+    metrics/     counted in the worker; serving/: shown by the server, as metrics, log lines and a page; and its streams
     heads/       heads as files: told apart, checked, converted
     train/       makes heads; evaluate/ measures them; neither needs vLLM, but to write what heads learn from
     bench/       measurements: passes, speed, soak, GPUs

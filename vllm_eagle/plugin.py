@@ -7,6 +7,9 @@ Three marked wraps, which change nothing unless draft trees are asked for:
 - `SamplingParams._validate_spec_decode`, which refuses min-p and logit bias under speculation, is skipped in tree mode: there
   the scorer runs vLLM's sampler as plain decoding does, so both are exact. Instead the request's own tree options are checked.
 
+A server with draft trees gets two more, so that streamed answers which vLLM parses are those without trees (serving/streams.py):
+`OpenAIServingChat.chat_completion_stream_generator` and `OpenAIServingResponses._process_simple_streaming_events`.
+
 And model classes are added to vLLM's registry, for folders that ask for them by name: converted heads (engine/biased_head.py), and
 the pairs of `vllm-eagle bench --replay` (bench/recorded/replay_models.py).
 """
@@ -110,17 +113,25 @@ def _if_a_head_is_served(args: Any) -> None:
 
 
 def _prepare_server(config: Any) -> None:
-    """In a process that answers requests, or starts those that do."""
+    """In a process that answers requests, or starts those that do. In `register` its imports would slow down all others."""
     from vllm import envs
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.logger import init_logger
 
+    from vllm_eagle.engine.seams import chat_stream, check_serving_seams
     from vllm_eagle.options.instances import remember
+    from vllm_eagle.serving.streams import chat_by_token, responses_by_token
 
     if envs.VLLM_USE_RUST_FRONTEND:
         init_logger(f"vllm.{__name__}").warning(
-            "vLLM's Rust front end runs no plugins: no vllm_eagle_ metrics in /metrics; unset VLLM_USE_RUST_FRONTEND."
+            "vLLM's Rust front end runs no plugins: no vllm_eagle_ metrics in /metrics, and streamed answers that it parses may "
+            "differ from those without trees; unset VLLM_USE_RUST_FRONTEND."
         )
     remember(config)
+    check_serving_seams()
+    _wrap(OpenAIServingChat, chat_stream(), chat_by_token)
+    _wrap(OpenAIServingResponses, "_process_simple_streaming_events", responses_by_token)
 
 
 def _ask_for_trees(args: Any) -> None:

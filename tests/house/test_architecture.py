@@ -26,7 +26,7 @@ ROOMS = {
     "engine/v1": "algorithm attention budget engine metrics native ops options vllm",
     "engine/v2": "algorithm attention engine metrics ops options vllm",
     "serving": "algorithm metrics options vllm",
-    "plugin": "algorithm engine heads options vllm",
+    "plugin": "algorithm engine heads options serving vllm",
     "llm": "options vllm",
     "__init__": "algorithm llm options",
     # heads: made and measured without vLLM; regenerate writes answers, or whole dialogues, with it

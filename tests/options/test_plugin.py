@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import VLLMValidationError
+from vllm.usage.usage_lib import UsageContext
 
 from tests.engine.engines import ENGINE, trees
 from tests.heads import heads
+from tests.serving.fake_engine import Engine
 from vllm_eagle import plugin
+from vllm_eagle.engine.seams import chat_stream
 from vllm_eagle.options.devices import CPU_WORKER, is_tree_mode
 
 
@@ -42,6 +47,35 @@ def test_without_tree_options_nothing_changes(random_models: dict[str, Path]) ->
             assert not spec.disable_padded_drafter_batch
             with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
                 SamplingParams(min_p=0.1)._validate_spec_decode(spec)
+
+
+def test_servers_with_trees_are_prepared_and_nothing_else(random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Any] = []
+    monkeypatch.setattr(plugin, "_prepare_server", prepared.append)
+    with_trees = trees(random_models["eagle"])
+    for usage, changes in ((UsageContext.OPENAI_API_SERVER, {}), (UsageContext.LLM_CLASS, with_trees), (None, with_trees)):
+        EngineArgs(model=str(random_models["target"]), **(ENGINE | changes)).create_engine_config(usage)
+    assert prepared == []
+    args = EngineArgs(model=str(random_models["target"]), **(ENGINE | with_trees))
+    assert prepared == [args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)]
+
+
+def test_a_server_is_prepared_once_and_told_what_no_plugin_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm.vllm_eagle.plugin").addHandler(handler)
+    config = Engine().vllm_config
+    plugin._prepare_server(config)
+    before = getattr(OpenAIServingChat, chat_stream()), OpenAIServingResponses._process_simple_streaming_events
+    assert all(hasattr(method, "_vllm_eagle_wraps") for method in before)
+    assert said == []
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    plugin._prepare_server(config)
+    assert (getattr(OpenAIServingChat, chat_stream()), OpenAIServingResponses._process_simple_streaming_events) == before
+    assert len(said) == 1
+    assert "Rust front end runs no plugins" in said[0]
+    logging.getLogger("vllm.vllm_eagle.plugin").removeHandler(handler)
 
 
 def test_tree_options_fill_in_the_rest(random_models: dict[str, Path]) -> None:

@@ -194,10 +194,10 @@ def end(process: "subprocess.Popen[Any]") -> None:
 
 
 @contextmanager
-def servers(folder: Path, *options: Sequence[str], seconds: float = 400) -> Iterator[list[Server]]:
+def servers(folder: Path, *options: Sequence[str], seconds: float = 400, model: Path = TARGET) -> Iterator[list[Server]]:
     """Healthy servers, one for each list of options, started side by side; logs in `folder`."""
     with ExitStack() as stack:
-        found = [stack.enter_context(started(folder / f"server{i}.log", *each)) for i, each in enumerate(options)]
+        found = [stack.enter_context(started(folder / f"server{i}.log", *each, model=model)) for i, each in enumerate(options)]
         deadline = time.monotonic() + seconds
         for server in found:
             server.wait_until_healthy(deadline)

@@ -45,6 +45,20 @@ def check_call(call: dict[str, Any]) -> None:
         assert len(arguments["text"]) <= 10
 
 
+def deltas(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a client joins of a streamed chat with one choice; names of calls and their arguments."""
+    found: dict[str, Any] = {"content": "", "reasoning": "", "calls": [], "ends": []}
+    for choice in (choice for event in events for choice in event["choices"]):
+        for name in ("content", "reasoning"):
+            found[name] += choice["delta"].get(name) or ""
+        for call in choice["delta"].get("tool_calls") or []:
+            found["calls"] += [["", ""] for _ in range(call["index"] + 1 - len(found["calls"]))]
+            for place, name in enumerate(("name", "arguments")):
+                found["calls"][call["index"]][place] += call["function"].get(name) or ""
+        found["ends"] += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return found
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("tool_choice", ["required", NAMED], ids=["required", "named"])
 def test_a_call_with_valid_arguments(pair: Pair, tool_choice: str | dict[str, Any], sampling: str) -> None:
@@ -68,6 +82,20 @@ def test_a_streamed_call(pair: Pair, tool_choice: str | dict[str, Any]) -> None:
     arguments = "".join(piece.get("arguments") or "" for piece in pieces)
     assert names == [whole["function"]["name"]]
     assert_alike(json.loads(whole["function"]["arguments"]), json.loads(arguments))
+
+
+def test_what_is_parsed_is_streamed_as_without_trees(pair: Pair) -> None:
+    """A call between words, which the grammar dictates. Each event has one token, though steps accept several."""
+    text = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 14}}\n</tool_call>\nDone.'
+    dictated = {"structural_tag": json.dumps({"type": "structural_tag", "format": {"type": "const_string", "value": text}})}
+    request = body("auto", "greedy") | {"structured_outputs": dictated, "stream_options": {"include_usage": True}}
+    del request["parallel_tool_calls"]
+    expected, found = pair.plain.stream(CHAT, request), pair.trees.stream(CHAT, request)
+    assert deltas(found) == deltas(expected)
+    assert deltas(found)["calls"] == [["add", '{"a": 3, "b": 14}']]
+    assert all(len(choice.get("token_ids") or []) <= 1 for event in found for choice in event["choices"])
+    steps = found[-1]["metrics"]["speculative_decoding"]["num_spec_steps"]
+    assert steps < found[-1]["usage"]["completion_tokens"] / 2
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

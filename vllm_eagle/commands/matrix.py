@@ -10,6 +10,7 @@ WORKS = (
     ("vllm serve, OpenAI routes", "answers equal those of a server without trees", "test_serve_requests"),
     ("streaming", "several tokens per event, in order", "test_serve_streams"),
     ("tool calling", "named, required and free", "test_serve_tools"),
+    ("tool and reasoning parsers, streamed", "read token by token, as without trees", "test_streams"),
     ("structured output", "trees with xgrammar, guidance, outlines; chains with a reasoning parser", "test_structured"),
     ("sampling parameters", "all, with min-p, logit bias, custom logits processors", "test_exactness"),
     ("logprobs, prompt logprobs, n, stop", "values as without trees", "test_serve_logprobs"),

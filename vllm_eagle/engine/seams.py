@@ -174,8 +174,44 @@ def _cuda_seams() -> Iterator[tuple[Any, str, str, str]]:
     )
 
 
+def chat_stream() -> str:
+    """The method of OpenAIServingChat that makes deltas of outputs. vLLM 0.33 has one for that alone, whatever API is spoken."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+    name = "chat_completion_stream_generator"
+    return f"{name}_raw" if hasattr(OpenAIServingChat, f"{name}_raw") else name
+
+
+def _serving_seams() -> Iterator[tuple[Any, str, str, str]]:
+    """Of a server's front end. Workers do not ask for them, whose start the imports would slow down."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.responses.context import SimpleContext
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
+
+    file = "serving/streams.py"
+    yield (
+        OpenAIServingChat,
+        chat_stream(),
+        "request result_generator request_id model_name conversation tokenizer request_metadata chat_template_kwargs "
+        "mm_token_counts",
+        file,
+    )
+    yield (
+        OpenAIServingResponses,
+        "_process_simple_streaming_events",
+        "request sampling_params result_generator context model_name tokenizer request_metadata created_time "
+        "_increment_sequence_number_and_return",
+        file,
+    )
+    yield SimpleContext, "append_output", "output", file
+    yield IncrementalDetokenizer, "from_new_request", "request", file
+    yield BaseIncrementalDetokenizer, "update", "new_token_ids stop_terminated", file
+    yield BaseIncrementalDetokenizer, "get_next_output_text", "finished delta", file
+
+
 def _seams() -> Iterator[tuple[Any, str, str, str]]:
-    """Of this machine; vLLM ships the GPU's files in every wheel."""
+    """Of this machine's engine; vLLM ships the GPU's files in every wheel."""
     yield from _SEAMS
     for name, expected, file in _RUNNER:
         yield GPUModelRunner, name, expected, file
@@ -187,7 +223,7 @@ def _seams() -> Iterator[tuple[Any, str, str, str]]:
 
 def changed_seams() -> list[str]:
     """One line per upstream symbol whose parameters are not the ones that our override was written for."""
-    return list(_changed(_seams()))
+    return list(_changed([*_seams(), *_serving_seams()]))
 
 
 def _changed(seams: Iterable[tuple[Any, str, str, str]]) -> Iterator[str]:
@@ -210,7 +246,7 @@ def changed_bodies(version: str = vllm.__version__) -> list[str]:
     recorded = json.loads(BODIES.read_text())[known]
     return [
         f"{symbol} has another body than in {known}; read it, and {file}"
-        for symbol, (_, body, file) in fingerprints(_seams()).items()
+        for symbol, (_, body, file) in fingerprints([*_seams(), *_serving_seams()]).items()
         if body and body != recorded.get(symbol)
     ]
 
@@ -261,9 +297,23 @@ def check_seams() -> None:
     Raises:
         ValueError: untested version, or changed signatures.
     """
-    changed = changed_seams()
     problem = version_problem()
     if problem and os.environ.get(ALLOW_UNTESTED) != "1":
-        raise ValueError("\n  ".join([problem, *changed, *changed_bodies()]))
+        raise ValueError("\n  ".join([problem, *changed_seams(), *changed_bodies()]))
+    _refuse(_seams())
+
+
+@cache
+def check_serving_seams() -> None:
+    """Refuse to start a server on a vLLM whose front end differs where we hook in; `check_seams` is for the engine.
+
+    Raises:
+        ValueError: changed signatures.
+    """
+    _refuse(_serving_seams())
+
+
+def _refuse(seams: Iterable[tuple[Any, str, str, str]]) -> None:
+    changed = list(_changed(seams))
     if changed:
         raise ValueError(f"vLLM {vllm.__version__} differs from the one vllm_eagle overrides:\n  " + "\n  ".join(changed))
