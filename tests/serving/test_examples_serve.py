@@ -62,7 +62,9 @@ def test_serve_with_two_api_servers(pair: Pair, tmp_path: Path) -> None:
         time.sleep(2)  # our metrics are a second old at most
         for _ in range(4):  # one server or the other
             text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-            counted = dict(re.findall(r"^(vllm_eagle_nodes|vllm:spec_decode_num)_accepted\w*_total\{.*\} ([\d.]+)$", text, re.M))
+            counted = dict(
+                re.findall(r"^(vllm_eagle_nodes|vllm:spec_decode_num)_accepted(?:_tokens)?_total\{.*\} ([\d.]+)$", text, re.M)
+            )
             assert float(counted["vllm_eagle_nodes"]) >= float(counted["vllm:spec_decode_num"]) > 0
         script.terminate()
         script.wait(60)
