@@ -1,5 +1,6 @@
 """Grammars along trees: the same tokens as without speculation, with every backend that can roll back."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.output import GrammarOutput
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
+from tests.models import with_markers
 from tests.tiers import exhaustive
 from vllm_eagle.algorithm.draft import Level
 from vllm_eagle.engine import seams
@@ -70,6 +72,25 @@ def test_other_trees_under_grammars(options: dict[str, Any]) -> None:
         expected = tokens(generate(llm, prompts, params))
     with engine(TARGET, **trees(HEAD, **options)) as llm:
         assert tokens(generate(llm, prompts, params)) == expected
+
+
+@exhaustive
+def test_grammars_that_begin_after_reasoning(tmp_path: Path) -> None:
+    """In each mode the grammar begins at the end of reasoning, wherever that comes."""
+    target = with_markers(TARGET, tmp_path / "target", "<think>", "</think>")
+    with engine(target, reasoning_parser="qwen3") as llm:
+        begin, end = llm.get_tokenizer().convert_tokens_to_ids(["<think>", "</think>"])
+        prompts, params = requests(llm, ["json", "regex"])
+        prompts = [[*prompt, begin] for prompt in prompts]
+        for each in params:
+            each.logit_bias = {end: 9.0 if each.temperature else 15.0}
+        expected = tokens(generate(llm, prompts, params))
+    lengths = [answer.index(end) for [answer] in expected if end in answer]
+    assert len(lengths) >= len(expected) // 2
+    assert max(lengths) > 2
+    for mode in ("dynamic", "static", "chain"):
+        with engine(target, reasoning_parser="qwen3", **trees(HEAD, mode=mode)) as llm:
+            assert tokens(generate(llm, prompts, params)) == expected, mode
 
 
 def test_constrained_requests_survive_preemption() -> None:

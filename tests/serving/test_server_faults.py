@@ -118,8 +118,9 @@ def is_gone(process: psutil.Process) -> bool:
 class Streams:
     """Long streamed requests, and how each of them ended."""
 
-    def __init__(self, server: Server, number: int):
+    def __init__(self, server: Server, number: int, patience_s: float = END_S):
         self._server = server
+        self._patience_s = patience_s  # without a word of the server
         self._begun = [threading.Semaphore(0) for _ in range(number)]
         self.ends: list[str] = []
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(number)]
@@ -133,7 +134,7 @@ class Streams:
         body = {"model": MODEL, "prompt": [5 + i, 6, 7], "max_tokens": LONG, "ignore_eos": True, "stream": True}
         end = "cut off"
         try:
-            with httpx.stream("POST", f"{self._server.url}/v1/completions", json=body, timeout=END_S) as response:
+            with httpx.stream("POST", f"{self._server.url}/v1/completions", json=body, timeout=self._patience_s) as response:
                 for line in response.iter_lines():
                     if '"finish_reason":"length"' in line:
                         end = "complete"
@@ -187,6 +188,28 @@ def test_a_killed_process_ends_the_server_as_it_does_without_trees(role: str, tm
     assert found == expected
     assert found["gone"]
     assert found["files"] == []
+
+
+def after_sigterm(server: Server) -> dict[str, Any]:
+    """Ask a server to stop, as service managers do, while requests stream.
+
+    vLLM kills its engine at once then, without trees as well. Whether that still tells the clients is a matter of milliseconds; if
+    not, vLLM waits until they give up.
+    """
+    roles = family(server)
+    files = counters(roles["Worker"])
+    streams = Streams(server, 24, patience_s=10)
+    server.process.terminate()
+    ends = streams.wait()
+    status = server.process.wait(END_S)
+    gone = wait_until(lambda: all(map(is_gone, roles.values())))
+    return {"all complete": set(ends) == {"complete"}, "status": status, "gone": gone, "files": [x for x in files if x.exists()]}
+
+
+def test_a_server_that_is_terminated_while_it_streams_ends_as_it_does_without_trees(tmp_path: Path) -> None:
+    with servers(tmp_path, [], TREES, seconds=START_S) as (plain, trees):
+        expected, found = at_once(after_sigterm, [plain, trees])
+    assert found == expected == {"all complete": False, "status": 0, "gone": True, "files": []}
 
 
 # ---- what goes on
