@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -20,12 +21,12 @@ def test_the_readme_holds_the_generated_table() -> None:
 
 
 @pytest.fixture
-def copy_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    worker = Path("vllm/v1/worker/cpu_worker.py")
-    (tmp_path / worker).parent.mkdir(parents=True)
-    shutil.copy(ledger.site_packages() / worker, tmp_path / worker)
+def copy_of_vllm(patch: ledger.Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    changed = Path(re.findall(r"^\+\+\+ b/(\S+)", patch.diff, re.MULTILINE)[0])
+    (tmp_path / changed).parent.mkdir(parents=True)
+    shutil.copy(ledger.site_packages() / changed, tmp_path / changed)
     monkeypatch.setattr(ledger, "site_packages", lambda: tmp_path)
-    return tmp_path / worker
+    return tmp_path / changed
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.name)

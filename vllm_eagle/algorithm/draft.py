@@ -127,9 +127,8 @@ class _Ranker:
         logits: torch.Tensor,  # [num_reqs, width, draft_vocab]
         noise: torch.Tensor | None,  # [num_reqs, draft_vocab]
         num_children: int,
-    ) -> tuple[
-        torch.Tensor, torch.Tensor
-    ]:  # log confidences and places in the draft vocabulary, [num_reqs, width, num_children], best first
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log confidences and places in the draft vocabulary, both [num_reqs, width, num_children], best first."""
         scaled = None if noise is None else noise / self._scale[:, None]
         if logits.device.type == "cpu" and native.runs():
             values, tokens = torch.ops.vllm_eagle.best_children(logits, self._factors, scaled, num_children)

@@ -82,15 +82,9 @@ def timed_arguments(prompts: Sequence[list[int]], max_tokens: int, most: int, dt
     }
 
 
-def encode_prompts(
-    model: str,
-    path: Path | None,
-    limit: int | None = None,
-    arguments: dict[str, Any] | None = None,
-    max_tokens: int = 0,
-) -> list[list[int]]:
+def encode_prompts(model: str, path: Path | None, limit: int | None = None, max_tokens: int = 0) -> list[list[int]]:
     """As `encode_with_kinds`, the token ids alone."""
-    return encode_with_kinds(model, path, limit, arguments, max_tokens)[0]
+    return encode_with_kinds(model, path, limit, max_tokens=max_tokens)[0]
 
 
 def encode_with_kinds(

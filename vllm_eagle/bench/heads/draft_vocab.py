@@ -16,12 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.bench.engines.drafters import ours
 from vllm_eagle.bench.engines.offline import encode_prompts, engine, generate, prepare_environment, timed_arguments
 from vllm_eagle.bench.speed.steps import StepWatch, measure_rates, summary
 from vllm_eagle.bench.speed.throughput import PLAIN, Settings
 from vllm_eagle.bench.speed.throughput import measure as measure_speed
 from vllm_eagle.heads import draft_vocab
+from vllm_eagle.train.features.target import load_config
 from vllm_eagle.train.run.draft_vocab import choose
 
 WHOLE = "whole"
@@ -55,6 +57,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found = measure_speed(settings, prompts, {PLAIN: {}} | variants)
     rates = measure_rates(args.model, args.dtype)
     common = timed_arguments(prompts, args.max_tokens, 1, args.dtype, False) | {"kv_cache_memory_bytes": 1 << 30}
+    levels = TreeConfig.from_options(NUM_DRAFT_TOKENS, {}).depth_limit  # which all grow without the budget
     rows = {}
     for name, options in variants.items():
         with engine(str(args.model), **common, **options) as llm:
@@ -64,11 +67,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             speed = found["concurrency"]["1"][name]
             head_ms = summary(steps, rates)["head_ms"]
             rows[name] = {key: speed[key] for key in ("tau", "tokens_per_s", "ratio", "ratios", "identical", "answers")}
-            rows[name] |= {"head_ms": head_ms, "ms_per_level": round(head_ms / 8, 2), "coverage_counted": counted.get(name, 1.0)}
+            rows[name] |= {
+                "head_ms": head_ms,
+                "ms_per_level": round(head_ms / levels, 2),
+                "coverage_counted": counted.get(name, 1.0),
+            }
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
     answers = _answers(args, prompts, common)
     for name, row in rows.items():
-        ids = set(draft_vocab.read(folder / name, _vocab_size(args.model)) or answers)
+        ids = set(draft_vocab.read(folder / name, load_config(str(args.model)).vocab_size) or answers)
         row["coverage"] = round(sum(token in ids for token in answers) / len(answers), 4)
     return {"rows": rows, **{key: found[key] for key in ("settings", "machine", "cores", "versions")}}
 
@@ -80,11 +87,6 @@ def _answers(args: argparse.Namespace, prompts: list[list[int]], common: dict[st
     params = [SamplingParams(temperature=args.temperature, seed=i, max_tokens=args.max_tokens) for i in range(len(prompts))]
     with engine(str(args.model), **common) as llm:
         return [token for answer in generate(llm, prompts, params).token_ids for token in answer]
-
-
-def _vocab_size(model: Path) -> int:
-    size: int = json.loads((model / "config.json").read_text())["vocab_size"]
-    return size
 
 
 def table(result: dict[str, Any]) -> str:

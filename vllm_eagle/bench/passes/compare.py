@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle.bench.engines import mended
 from vllm_eagle.bench.engines.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
 from vllm_eagle.bench.engines.offline import Generated, encode_with_kinds, engine, generate_by_kind, prepare_environment
 from vllm_eagle.bench.passes.gaps import gaps
@@ -119,6 +120,9 @@ def measure(
         for i in range(len(prompts))
     ]
     kinds = [None] * len(prompts) if kinds is None else kinds
+    if note := mended.note(chosen, settings.temperature, in_process=True):
+        mended.mend_sampled_chains()
+        print(note, file=sys.stderr)
     with engine(settings.model, **common) as llm:
         plain, plain_by_kind = generate_by_kind(llm, prompts, params, kinds)
     by_kind: dict[str, dict[str, Any]] = {

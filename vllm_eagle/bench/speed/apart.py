@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from vllm_eagle.bench.engines.mended import mend_sampled_chains
 from vllm_eagle.bench.engines.offline import Generated, engine
 from vllm_eagle.bench.speed import sustained
 from vllm_eagle.bench.speed.sustained import Answer, Ask
@@ -64,6 +65,7 @@ def _ask(process: ProcessPoolExecutor, number: int, asks: Sequence[Ask], at_once
 
 def _start(model: str, arguments: dict[str, Any]) -> int:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    mend_sampled_chains()
     _engines.append(_stack.enter_context(engine(model, **arguments)))
     return os.getpid()
 

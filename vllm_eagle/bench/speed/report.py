@@ -81,6 +81,7 @@ def conditions(result: dict[str, Any]) -> str:
             f"- dtype: {settings['dtype']}",
             f"- Options of `vllm-eagle bench`: `{' '.join(filter(None, options))}`",
             f"- Prefix caching: {'on' if settings['prefix_caching'] else 'off, for all alike'}",
+            *([f"- {result['note']}"] if result["note"] else []),
             *(f"- {what}, MiB: {', '.join(f'{n} {mib}' for n, mib in found.items())}" for what, found in memory if found),
         ]
     )

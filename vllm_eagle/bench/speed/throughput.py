@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle.bench.engines import mended
 from vllm_eagle.bench.engines.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
 from vllm_eagle.bench.engines.offline import Generated, encode_prompts, prepare_environment, timed_arguments
 from vllm_eagle.bench.recorded.replay import write_pair
@@ -97,7 +98,7 @@ def run(settings: Settings, out: Path | None) -> int:
         result = measure(
             settings, encode_prompts(settings.model, settings.prompts, max_tokens=settings.max_tokens + 1), variants(settings), save
         )
-    print("\n".join([report.table(result), *report.differences(result)]))
+    print("\n".join([report.table(result), *report.differences(result), *filter(None, [result["note"]])]))
     print(json.dumps(result))
     return int(report.is_wrong(result))
 
@@ -147,6 +148,7 @@ def measure(
                 "python": platform.python_version(),
             },
             "device_mib": device_mib if on_gpu else None,
+            "note": None if on_gpu else mended.note(chosen, settings.temperature, not settings.http),
         }
         for number in settings.concurrency:
             rounds = []
