@@ -55,9 +55,9 @@ def main() -> int:
 
 def all_fingerprints() -> Fingerprints:
     """Of the front end, of CPU and, if its modules can be imported, CUDA."""
-    from vllm_eagle.engine import seams
+    from vllm_eagle.engine import cuda_seams, seams
 
-    cuda = list(seams._cuda_seams()) if find_spec("triton") else []
+    cuda = [*cuda_seams.of_attention(), *cuda_seams.of_the_runner()] if find_spec("triton") else []
     return seams.fingerprints([*seams._seams(), *seams._serving_seams(), *cuda])
 
 

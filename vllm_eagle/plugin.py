@@ -24,7 +24,7 @@ from typing import Any
 from vllm_eagle.algorithm.config import CONFIG_KEY
 from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, REPLAYED_ARCHITECTURES
 from vllm_eagle.options import devices
-from vllm_eagle.options.engine_args import SCHEDULER, speculative_settings
+from vllm_eagle.options.engine_args import speculative_settings
 from vllm_eagle.options.flags import HEAD_OPTIONS, add_flags, flag
 from vllm_eagle.options.per_request import RequestOptions
 
@@ -158,16 +158,15 @@ def _ask_for_trees(args: Any) -> None:
                 )
             settings[key] = given[name]
     args.additional_config = args.additional_config | {CONFIG_KEY: options}
-    if args.worker_cls not in ("auto", devices.worker_cls()):
+    engine = devices.engine()
+    if args.worker_cls not in ("auto", engine.worker_cls):
         raise ValueError(f"worker_cls={args.worker_cls} contradicts draft trees, which need their own worker; remove it")
-    if args.async_scheduling:
-        raise ValueError("async_scheduling=true contradicts draft trees; remove it")
+    if args.async_scheduling and not engine.is_v2:
+        raise ValueError(f"async_scheduling=true contradicts draft trees on {engine.device}; remove it")
     args.speculative_config = speculative_settings(settings, options, None if args.hf_overrides else args.model)
-    if args.scheduler_cls not in (None, SCHEDULER):
+    if args.scheduler_cls not in (None, engine.scheduler_cls):
         raise ValueError(f"scheduler_cls={args.scheduler_cls} contradicts draft trees, which need their own scheduler; remove it")
     devices.fill_in(args)
-    args.scheduler_cls = SCHEDULER
-    args.async_scheduling = False
 
 
 def _unless_trees(original: Callable[..., Any], self: Any, speculative_config: Any) -> None:

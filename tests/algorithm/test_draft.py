@@ -342,18 +342,18 @@ def test_growth_of_fixed_width_reads_nothing_that_was_drafted(mode: str) -> None
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
 @pytest.mark.parametrize("seed", range(20))
-def test_trees_read_off_a_device_are_those_of_the_host(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_put_in_order_on_a_device_are_those_of_the_host(seed: int) -> None:
     from vllm_eagle.ops import rerank
 
-    monkeypatch.setattr(rerank, "rerank", rerank.reference)
     config = TreeConfig(12, topk=3, max_depth=4)
     requests, head = [Request(9, 12), Request(8, 0), Request(7, 4)], TableHead(3, seed)
     pool = grow_pool(requests, head.root_logits(), head, config, None, Limits(-1.0, fixed_width=True))
-    for one, other in zip(pool.trees(), pool._trees_of_device(), strict=True):
-        assert one.token_ids.tolist() == other.token_ids.tolist()
-        assert one.parents.tolist() == other.parents.tolist()
-        np.testing.assert_array_equal(one.scores, other.scores)
-        assert other.scores.dtype == np.float32
+    found = rerank.reference(torch.tensor([9, 8, 7]), pool.tokens, pool.scores, pool.parents, pool.budgets, 13, 4)
+    for row, tree in enumerate(pool.trees()):
+        own = slice(int(found.num_nodes[row]))
+        assert tree.token_ids.tolist() == found.token_ids[row, own].tolist()
+        assert tree.parents.tolist() == found.parents[row, own].tolist()
+        np.testing.assert_array_equal(tree.scores, found.scores[row, own].numpy())
 
 
 def test_nobody_drafts() -> None:

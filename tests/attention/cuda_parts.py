@@ -1,5 +1,6 @@
 """Parts of CUDA's attention and runner that need neither a model nor a GPU."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +24,9 @@ def runner_with(
     block_size: int,
     heads: tuple[int, int, int] = (8, 2, 64),  # query heads, key heads, head dimension
     dtype: torch.dtype = torch.float16,
-    vocab_size: int = 40,
 ) -> Any:
-    """A runner whose model has a layer of each implementation."""
-    from vllm_eagle.engine.v1.gpu_runner import EagleTreeGPUModelRunner
-    from vllm_eagle.ops.move_slots import Caches
+    """What warm-up asks of a runner, whose model has a layer of each implementation."""
+    from vllm_eagle.ops.move_slots import Caches, move_accepted
 
     num_heads, num_kv_heads, head_size = heads
     caches = [torch.zeros(2, block_size, num_kv_heads, 2 * head_size, dtype=dtype).transpose(1, 2) for _ in impls]
@@ -37,10 +36,12 @@ def runner_with(
         )
         for i, (cache, impl) in enumerate(zip(caches, impls, strict=True))
     }
-    runner = EagleTreeGPUModelRunner.__new__(EagleTreeGPUModelRunner)
-    runner.device, runner.dtype, runner.max_model_len = torch.device("cpu"), dtype, 1024
-    runner.compilation_config = SimpleNamespace(static_forward_context=layers)
-    runner.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(layers))])
-    runner._caches = [(0, Caches.of(caches))] if caches else []
-    runner.model_config, runner.tree_config = SimpleNamespace(get_vocab_size=lambda: vocab_size), TreeConfig(16)
-    return runner
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        dtype=dtype,
+        max_model_len=1024,
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(layers))]),
+        tree_config=TreeConfig(16),
+        _moves=[(0, partial(move_accepted, Caches.of(caches)))],
+    )

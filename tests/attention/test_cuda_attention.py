@@ -23,6 +23,7 @@ from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.algorithm.verify import lay_out
 from vllm_eagle.attention import interface
 from vllm_eagle.ops.cases import Attention, attention_inputs
+from vllm_eagle.ops.rows import TreeRows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_all_of_it starts")
@@ -37,7 +38,7 @@ def test_all_of_it() -> None:
     assert " passed" in done.stdout
 
 
-SIZES = [(17, 100), (1, 33), (5, 1), (30, 257)]  # nodes and context; the second is a request without a tree
+SIZES = [(17, 100), (5, 1), (30, 257), (1, 33)]  # nodes and context; the last is a request without a tree
 
 
 @pytest.fixture(params=["TRITON_ATTN", "FLASH_ATTN"])
@@ -122,25 +123,24 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(
     rng = np.random.default_rng(1)
     parents = [np.array([0] + [int(rng.integers(0, i)) for i in range(1, n)]) for n, _ in SIZES]
     trees = [DraftTree(np.arange(len(p)), p, np.zeros(len(p), dtype=np.float32)) for p in parents]
-    chosen = [i for i in range(len(SIZES)) if all_have_trees or SIZES[i][0] > 1]
     contexts = [context for _, context in SIZES]
-    batch = lay_out([trees[i] for i in chosen], chosen, starts[chosen].tolist(), [contexts[i] for i in chosen])
+    whole = lay_out(trees, range(len(SIZES)), starts[:-1].tolist(), contexts)
+    first_rows, ancestors = starts[:-1].long(), torch.from_numpy(whole.ancestors)
+    of_all = (rows.block_table, rows.context_lens, first_rows, num_nodes, first_rows, num_nodes, ancestors)
+    num_trees = len(SIZES) - (not all_have_trees)
     metadata = SimpleNamespace(
         block_table=rows.block_table,
         seq_lens=torch.tensor(contexts) + num_nodes,
         max_seq_len=300,
-        slot_mapping=None,
+        slot_mapping=torch.zeros(len(query), dtype=torch.long),
         causal=True,
-        query_start_loc_cpu=starts,
-        num_actual_tokens=len(query),
+        query_start_loc=starts,
         trees=None,
         plain=None,
         plain_rows=None,
-        tree_rows=None,
     )
     builder = backend.get_builder_cls().__new__(backend.get_builder_cls())
-    builder.device = torch.device("cpu")
-    builder.attach(metadata, batch)
+    builder.attach_prefix(metadata, TreeRows(*(x[:num_trees] for x in of_all)), starts, max(contexts))
     assert (metadata.plain is None) == all_have_trees
 
     found, expected = torch.full_like(query, 7.0), torch.empty_like(query)
@@ -148,20 +148,10 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(
     workspace = tree_attention._workspace
     monkeypatch.setattr(tree_attention, "_workspace", lambda *args: [room.append(args[2]), workspace(*args)][1])
     new_impl(backend, query.shape[2]).forward(LAYER, query, key, value, kv_cache, metadata, found)
-    whole = lay_out(trees, range(len(SIZES)), starts[:-1].tolist(), contexts)
-    of_reference = type(rows)(
-        rows.block_table,
-        rows.context_lens,
-        starts[:-1].long(),
-        num_nodes,
-        starts[:-1].long(),
-        num_nodes,
-        torch.from_numpy(whole.ancestors),
-    )
-    tree_attention.reference(query, key, value, kv_cache, of_reference, query.shape[2] ** -0.5, expected)
+    tree_attention.reference(query, key, value, kv_cache, TreeRows(*of_all), query.shape[2] ** -0.5, expected)
     assert torch.allclose(found, expected, atol=2e-5, rtol=2e-5)
     if backend.get_name() == "FLASH_ATTN":  # whose parts have no rows for the prompts beside the trees
-        assert room == [sum(SIZES[i][0] for i in chosen)]
+        assert room == [int(num_nodes[:num_trees].sum())]
 
 
 @interpreted
@@ -251,6 +241,7 @@ def test_every_backend_has_the_interface_of_attention(backend: Any) -> None:
 @interpreted
 def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every kind of layer, with few and many rows, in one part and in several."""
+    from vllm_eagle.engine.v2 import warm_up
     from vllm_eagle.ops import tree_attention
 
     impls = [new_impl(backend, 64) for _ in range(3)]
@@ -266,7 +257,7 @@ def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: py
         launch(*args)
 
     monkeypatch.setattr(tree_attention, "_launch", spy)
-    runner.warm_up_kernels()
+    warm_up.attention(runner)
     assert set(launched) == {(rows, window, split) for rows in (16, 32, 64, 128) for window in (0, 16) for split in (False, True)}
     assert len(launched) == len(set(launched))  # layers of one kind are taken once
     assert not any(layer.kv_cache.any() for layer in runner.compilation_config.static_forward_context.values())
@@ -277,6 +268,7 @@ def test_kernels_are_compiled_before_requests_come(backend: Any, monkeypatch: py
 def test_xformers_is_warmed_up_with_a_context_as_long_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.attention.xformers_by_torch import replace_kernels
     from vllm_eagle.attention.xformers import TreeXFormersBackend
+    from vllm_eagle.engine.v2 import warm_up
     from vllm_eagle.ops import xformers_attention
 
     replace_kernels(monkeypatch)
@@ -285,15 +277,8 @@ def test_xformers_is_warmed_up_with_a_context_as_long_as_can_be(monkeypatch: pyt
     monkeypatch.setattr(
         xformers_attention, "_context_bias", lambda rows, most, *args: [longest.append(most), context_bias(rows, most, *args)][1]
     )
-    runner_with([new_impl(TreeXFormersBackend, 64)], 64).warm_up_kernels()
+    warm_up.attention(runner_with([new_impl(TreeXFormersBackend, 64)], 64))
     assert set(longest) == {1, 1024}
-
-
-@interpreted
-def test_tokens_on_the_host_are_not_waited_for() -> None:
-    """vLLM's bookkeeping copies what was sampled from the GPU; the scorer's walks have it on the host."""
-    tokens = torch.tensor([[3], [-1]], dtype=torch.int32)
-    assert runner_with([], 16)._to_list(tokens) == [[3], [-1]]
 
 
 @interpreted

@@ -19,6 +19,7 @@ from vllm_eagle.commands import matrix
 from vllm_eagle.engine import support
 from vllm_eagle.pair import REAL_HEAD
 
+ON_CUDA: dict[str, object] = {"device_config.device_type": "cuda"}
 # A change to the configuration that breaks each rule.
 BREAKS: dict[str, dict[str, object]] = {
     "speculative methods other than EAGLE": {"speculative_config.method": "mtp"},
@@ -42,7 +43,7 @@ BREAKS: dict[str, dict[str, object]] = {
         "model_config.architectures": ["MixtralForCausalLM"],
     },
     "devices other than CPU and CUDA": {"device_config.device_type": "xpu"},
-    "vLLM's V2 model runner": {"use_v2_model_runner": True},
+    "vLLM's V2 model runner on CPUs, its V1 runner on CUDA": {"use_v2_model_runner": True},
     "CUDA graphs of whole steps": {"compilation_config.cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
     "CUDA attention backends other than FLASH_ATTN, TRITON_ATTN, CUSTOM": {
         "device_config.device_type": "cuda",
@@ -54,8 +55,17 @@ BREAKS: dict[str, dict[str, object]] = {
     "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},
     "dual batch overlap": {"parallel_config.use_ubatching": True},
     "KV connectors, disaggregated prefill": {"kv_transfer_config": object()},
-    "async scheduling": {"scheduler_config.async_scheduling": True},
+    "async scheduling on CPUs": {"scheduler_config.async_scheduling": True},
     "quantized KV cache (fp8, int8, ...) on CPUs": {"cache_config.cache_dtype": "fp8"},
+    "logprobs of processed logits, on CUDA": ON_CUDA | {"model_config.logprobs_mode": "processed_logprobs"},
+    "sampling masks, on CUDA": ON_CUDA | {"model_config.return_sampling_mask": True},
+    "trace replay, on CUDA": ON_CUDA | {"model_config.enable_trace_replay": True},
+    "watermarking, on CUDA": ON_CUDA | {"watermark_config": object()},
+    "batch-sharded sampling, on CUDA": ON_CUDA | {"parallel_config.enable_batch_sharded_sampling": True},
+    "prefill context parallelism, on CUDA": ON_CUDA | {"parallel_config.prefill_context_parallel_size": 2},
+    "fast prefill with shared KV caches, on CUDA": ON_CUDA | {"cache_config.kv_sharing_fast_prefill": True},
+    "routed experts in outputs, on CUDA": ON_CUDA | {"aux_output_config.enabled": True},
+    "vLLM's adaptive verification, on CUDA": ON_CUDA | {"speculative_config.enable_adaptive_verification": True},
     "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},
 }
 
@@ -99,6 +109,22 @@ ON_CPUS = [rule for rule in support.RULES if rule.feature.endswith("on CPUs")]
 def test_what_the_cpus_kernel_cannot_do_is_left_to_the_layers_elsewhere(rule: support.Rule, config: Any) -> None:
     changed = Changed(config, BREAKS[rule.feature] | {"device_config.device_type": "cuda"})
     assert rule.check(changed) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in support.RULES if rule.feature.endswith("on CUDA")], ids=lambda rule: rule.feature
+)
+def test_what_only_cudas_engine_cannot_do_runs_on_cpus(rule: support.Rule, config: Any) -> None:
+    if rule.feature.startswith("vLLM's V2 model runner"):
+        on_cuda = Changed(config, ON_CUDA | {"use_v2_model_runner": True})
+        assert rule.check(on_cuda) is None  # type: ignore[arg-type]
+        reason = rule.check(Changed(config, ON_CUDA))  # type: ignore[arg-type]
+        assert (
+            reason
+            == "vLLM's V1 model runner has no trees on CUDA, and it was chosen because of: VLLM_USE_V2_MODEL_RUNNER=0; remove that"
+        )
+    else:
+        assert rule.check(Changed(config, BREAKS[rule.feature] | {"device_config.device_type": "cpu"})) is None  # type: ignore[arg-type]
 
 
 def test_no_rule_is_forgotten_here() -> None:

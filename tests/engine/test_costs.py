@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_eagle.engine.v1 import costs
+from vllm_eagle.engine import costs
+from vllm_eagle.engine.v1 import clock as step_clock
 from vllm_eagle.metrics.counters import TreeMetrics
 
 
@@ -13,7 +14,8 @@ from vllm_eagle.metrics.counters import TreeMetrics
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """One that goes by what passes say."""
     now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now.s))
+    for module in (costs, step_clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now.s))
     monkeypatch.setattr(costs, "agree", list)  # alone
     return now
 
@@ -57,7 +59,7 @@ def test_a_start_that_was_disturbed_still_has_a_curve(clock: SimpleNamespace) ->
 def test_a_step_without_work_does_not_hide_what_drafting_took(clock: SimpleNamespace) -> None:
     """vLLM runs one after the last request has ended."""
     metrics = TreeMetrics()
-    steps = costs.StepClock(metrics)
+    steps = step_clock.StepClock(metrics)
     for pass_s, draft_s in ((0.3, 0.1), (None, None), (0.5, 0.2)):
         steps.start_step()
         if pass_s is None:

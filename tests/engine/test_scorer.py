@@ -1,4 +1,4 @@
-"""Sampling after all nodes at once gives what sampling depth by depth gives, and uses the same noise."""
+"""Sampling after all nodes at once gives what sampling depth by depth gives; it is done for greedy requests alone."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_eagle.algorithm.accept import Walk
-from vllm_eagle.algorithm.node_noise import node_generators
-from vllm_eagle.algorithm.noise import draw_seed
 from vllm_eagle.algorithm.tree import DraftTree
-from vllm_eagle.engine.v1.scorer import EagleTreeScorer, is_row_wise
+from vllm_eagle.engine.v1 import scorer
+from vllm_eagle.engine.v1.scorer import EagleTreeScorer, is_greedy_row_by_row
 
 VOCAB = 8  # so that walks go deep
 
@@ -60,72 +59,42 @@ def complete_tree(children: int, depth: int) -> DraftTree:
 
 TREES = [complete_tree(6, 2), DraftTree.root_only(1), DraftTree.chain([0, 1, 1, 2]), complete_tree(3, 3), DraftTree.root_only(-1)]
 DISCARDED = {4}  # its prompt goes on
-CASES: dict[str, dict[str, Any]] = {
-    "all sampled": {"temperatures": [1.0, 0.7, 1.3, 1.0, 1.0]},
-    "some greedy": {"temperatures": [1.0, 0.0, 0.0, 0.5, 1.0]},
-    "top-k and top-p": {
-        "temperatures": [1.0, 0.7, 1.0, 0.0, 1.0],
-        "top_k": torch.tensor([3, VOCAB, 5, VOCAB, 2]),
-        "top_p": torch.tensor([1.0, 0.8, 0.9, 1.0, 0.5]),
-    },
-}
 
 
-def score(case: dict[str, Any], exact: bool, step: int) -> tuple[list[Walk], list[torch.Tensor]]:
-    """Walks, and the states of the generators afterwards."""
-    chosen = metadata(**case)
+def score(temperatures: list[float], seed: int) -> list[Walk]:
     num_rows = sum(tree.num_nodes for tree in TREES)
-    logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(step))
+    logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(seed))
     outputs: list[list[int]] = [[] for _ in TREES]
     with torch.inference_mode():
-        out, walks = EagleTreeScorer(Sampler(use_fp64_gumbel=exact), 1000).score(logits, TREES, chosen, outputs, DISCARDED, {})
+        out, walks = EagleTreeScorer(Sampler()).score(logits, TREES, metadata(temperatures), outputs, DISCARDED, {})
     assert out.sampled_token_ids[0, : len(walks[0].token_ids)].tolist() == walks[0].token_ids
-    return walks, [generator.get_state() for generator in chosen.generators.values()]
+    assert not any(outputs)
+    return walks
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["a seed per row", "a row of noise"])
-@pytest.mark.parametrize("case", CASES)
-def test_at_once_as_depth_by_depth(case: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_once_as_depth_by_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    forward = Sampler.forward
+    monkeypatch.setattr(Sampler, "forward", lambda self, logits, *args, **kwargs: [rows.append(len(logits)), forward(self, logits, *args, **kwargs)][1])  # fmt: skip  # noqa: E501
     depths = set()
-    for step in range(20):
-        in_turn, expected = score(CASES[case], exact, step)
+    for seed in range(20):
+        at_once = score([0.0] * len(TREES), seed)
+        assert rows == [sum(tree.num_nodes for tree in TREES)]
+        rows.clear()
         with monkeypatch.context() as context:
-            context.setattr(EagleTreeScorer, "_at_once_is_cheap", lambda *args: True)
-            at_once, states = score(CASES[case], exact, step)
-        kept = [i for i in range(len(TREES)) if i not in DISCARDED]
-        assert [at_once[i].token_ids for i in kept] == [in_turn[i].token_ids for i in kept]
-        assert [at_once[i].path for i in kept] == [in_turn[i].path for i in kept]
-        assert all(one.equal(other) for one, other in zip(states, expected, strict=True))
-        assert states[-1].equal(torch.Generator().manual_seed(len(TREES) - 1).get_state())  # of the discarded one
+            context.setattr(scorer, "_MOST_SCORES", 0)
+            in_turn = score([0.0] * len(TREES), seed)
+        assert set(rows) == {len(TREES)}
+        rows.clear()
+        assert [walk.token_ids for walk in at_once] == [walk.token_ids for walk in in_turn]
+        assert [walk.path for walk in at_once] == [walk.path for walk in in_turn]
         depths |= {len(walk.path) for walk in at_once}
     assert depths == {0, 1, 2, 3}
 
 
-def test_one_call_for_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    forward = Sampler.forward
-    monkeypatch.setattr(Sampler, "forward", lambda self, logits, *args, **kwargs: [rows.append(len(logits)), forward(self, logits, *args, **kwargs)][1])  # fmt: skip  # noqa: E501
-    score(CASES["all sampled"], False, 0)
-    assert len(rows) > 1
-    assert set(rows) == {len(TREES)}
-    rows.clear()
-    monkeypatch.setattr(EagleTreeScorer, "_at_once_is_cheap", lambda *args: True)
-    score(CASES["all sampled"], False, 0)
-    assert rows == [sum(tree.num_nodes for tree in TREES)]
-
-
-def test_when_at_once() -> None:
-    """On a GPU, unless there is no memory for so many rows; on a CPU where nothing is drawn and sorted."""
-    on_cpu, elsewhere = (torch.empty(20, VOCAB, device=device) for device in ("cpu", "meta"))
-    for most_rows, logits, greedy, expected in (
-        (20, elsewhere, False, True),
-        (19, elsewhere, False, False),
-        (19, elsewhere, True, True),
-        (20, on_cpu, False, False),
-        (20, on_cpu, True, True),
-        (20, torch.empty(20, 1 << 16), True, False),
-    ):
-        assert EagleTreeScorer(Sampler(), most_rows)._at_once_is_cheap(logits, greedy) is expected
+def test_who_samples_is_sampled_depth_by_depth() -> None:
+    assert is_greedy_row_by_row(metadata([0.0, 0.0]))
+    assert not is_greedy_row_by_row(metadata([0.0, 1.0]))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +108,8 @@ def test_when_at_once() -> None:
     ],
 )
 def test_what_knows_more_than_the_row_is_sampled_depth_by_depth(changes: dict[str, Any]) -> None:
-    assert is_row_wise(metadata([1.0, 0.0]))
-    assert not is_row_wise(metadata([1.0, 0.0], **changes))
+    assert is_greedy_row_by_row(metadata([0.0, 0.0]))
+    assert not is_greedy_row_by_row(metadata([0.0, 0.0], **changes))
 
 
 class Custom(LogitBiasLogitsProcessor):  # type: ignore[misc]
@@ -155,37 +124,14 @@ class Custom(LogitBiasLogitsProcessor):  # type: ignore[misc]
 
 
 def test_processors_are_asked_depth_by_depth() -> None:
-    for argmax_invariant, temperature, expected in (
-        (False, 0.0, False),
-        (False, 1.0, False),
-        (True, 1.0, False),
-        (True, 0.0, True),
-    ):
+    for argmax_invariant in (False, True):
         processors = LogitsProcessors([Custom(argmax_invariant)])
-        assert is_row_wise(metadata([temperature], logitsprocs=processors)) is expected
-
-
-def test_noise_of_nodes() -> None:
-    """Of one depth the same, of the next one the next; the generator itself is left alone, as after an error."""
-    generator, twin = (torch.Generator().manual_seed(3) for _ in range(2))
-    found = node_generators(generator, [0, 1, 1, 3], draw_seed)
-    coming = [int(draw_seed(twin)) for _ in range(4)]
-    assert [int(draw_seed(one)) for one in found] == [coming[0], coming[1], coming[1], coming[3]]
-    assert int(draw_seed(generator)) == coming[0]
-
-    def broken(generator: torch.Generator) -> None:
-        draw_seed(generator)
-        raise RuntimeError
-
-    before = generator.get_state()
-    with pytest.raises(RuntimeError):
-        node_generators(generator, [0, 1], broken)
-    assert generator.get_state().equal(before)
+        assert is_greedy_row_by_row(metadata([0.0], logitsprocs=processors)) is argmax_invariant
 
 
 def test_greedy_batches_have_no_temperatures() -> None:
     """As vLLM hands them over."""
     chosen = replace(metadata([0.0] * len(TREES)), temperature=None)
     logits = torch.randn(sum(tree.num_nodes for tree in TREES), VOCAB, generator=torch.Generator().manual_seed(0))
-    _, walks = EagleTreeScorer(Sampler(), 1000).score(logits, TREES, chosen, [[] for _ in TREES], DISCARDED, {})
+    _, walks = EagleTreeScorer(Sampler()).score(logits, TREES, chosen, [[] for _ in TREES], DISCARDED, {})
     assert walks[1].token_ids == [int(logits[TREES[0].num_nodes].argmax())]

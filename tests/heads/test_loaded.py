@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 from vllm import LLM
 from vllm.config import SpeculativeConfig, set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
@@ -20,7 +22,7 @@ from tests.tiers import exhaustive, some
 from vllm_eagle.engine import loaded
 from vllm_eagle.heads import served as serving
 from vllm_eagle.heads.form import vllms_form
-from vllm_eagle.heads.formats import read_head
+from vllm_eagle.heads.formats import AUX_LAYERS, read_head
 from vllm_eagle.heads.judge import judge
 from vllm_eagle.heads.served import served
 from vllm_eagle.heads.target import Target
@@ -142,3 +144,21 @@ def test_any_head_that_fits_is_served(seed: int, random_models: dict[str, Path],
     with engine(target, **trees(folder)) as llm:
         assert tokens(generate(llm, prompts, params)) == plain
         assert tree_stats(llm)["num_verifications"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"eagle_config": {AUX_LAYERS: [1, 2, 3]}}, [1, 2, 3]),
+        ({"eagle_config": {AUX_LAYERS: [1, 2, 3]}, AUX_LAYERS: [4, 5, 6]}, [4, 5, 6]),
+        ({"eagle_config": {"norm_before_fc": True}}, None),
+        ({}, None),
+    ],
+)
+def test_target_layers_are_named_where_the_v2_runner_looks(settings: dict[str, Any], expected: list[int] | None) -> None:
+    """vLLM's V1 runner reads both places."""
+    config = PretrainedConfig(**settings)
+    loaded.name_aux_layers(
+        SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=config)))
+    )  # type: ignore[arg-type]
+    assert getattr(config, AUX_LAYERS, None) == expected

@@ -27,10 +27,15 @@ from tests.attention.cuda_parts import new_impl, runner_with
 from vllm_eagle.algorithm import draft
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.algorithm.verify import lay_out
+from vllm_eagle.engine.v2 import warm_up
 from vllm_eagle.ops import cases, tree_attention
 from vllm_eagle.ops.cases import Attention
+from vllm_eagle.ops.rerank import rerank
+from vllm_eagle.ops.rows import TreeRows
+from vllm_eagle.ops.walk import walk
 
 HEADS = (32, 8, 128)  # of an 8B Llama
+VOCAB = 32_003
 # As _shared_memory would tell: most bytes of a program.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 LARGEST = Attention([(32, 64)], heads=HEADS, dtype=torch.bfloat16, token_major=True)
@@ -107,7 +112,6 @@ def variants() -> dict[str, dict[str, list[str]]]:
     from vllm_eagle.attention.flash import TreeFlashAttentionBackend
 
     pretend(90)
-    draft.DraftTree = lambda *what: None  # which would find nonsense in trees that nobody has grown
     flash_attn.flash_attn_varlen_func = lambda **given: (torch.empty_like(given["q"]), torch.empty(given["q"].shape[1::-1]))
     merge_attn_states.merge_attn_states = lambda *what: None
     found = {}
@@ -115,9 +119,11 @@ def variants() -> dict[str, dict[str, list[str]]]:
         # One layer that sees all, and one with a window: FlashAttention's is as long as any context.
         impls = [new_impl(backend, HEADS[2]) for _ in range(2)]
         impls[1].sliding_window = (1023, 0)
-        runner = runner_with(impls, 16, HEADS, torch.bfloat16, vocab_size=32_003)
+        runner = runner_with(impls, 16, HEADS, torch.bfloat16)
         with recorded() as warm:
-            on_the_gpu_s_way(runner.warm_up_kernels)
+            warm_up.compaction(runner)
+            warm_up.attention(runner)
+            on_the_gpu_s_way(lambda runner=runner: warm_up.growth(runner, VOCAB))
         with recorded() as later:
             on_the_gpu_s_way(lambda backend=backend, runner=runner: steps(backend, runner))
         found[backend.get_name()] = {"warm_up": list(warm.values()), "later": [later[key] for key in later.keys() - warm.keys()]}
@@ -148,16 +154,16 @@ class OnGPU(torch.Tensor):
 
 def on_the_gpu_s_way(work: Callable[[], None]) -> None:
     """Growth asks its logits where they are."""
-    grow = draft.grow
+    grow = draft.grow_pool
 
     def grow_there(requests: Any, logits: torch.Tensor, run_head: Any, *rest: Any) -> Any:
         return grow(requests, logits.as_subclass(OnGPU), lambda level: run_head(level).as_subclass(OnGPU), *rest)
 
-    draft.grow = grow_there
+    draft.grow_pool = grow_there
     try:
         work()
     finally:
-        draft.grow = grow
+        draft.grow_pool = grow
 
 
 def steps(backend: Any, runner: Any) -> None:
@@ -165,9 +171,6 @@ def steps(backend: Any, runner: Any) -> None:
     rng = np.random.default_rng(0)
     for num_reqs in (1, 2, 3, 16):
         table = torch.zeros(num_reqs, 256, dtype=torch.int32)
-        runner.input_batch = SimpleNamespace(
-            num_reqs=num_reqs, block_table=[SimpleNamespace(get_device_tensor=lambda n, table=table: table[:n])]
-        )
         for most_nodes in (3, 5, 9, 17):
             for context in (1, 300, 1000):
                 sizes = [most_nodes, *rng.integers(3, most_nodes + 1, num_reqs - 1)]
@@ -176,10 +179,13 @@ def steps(backend: Any, runner: Any) -> None:
                 first_rows = np.cumsum([0, *sizes[:-1]])
                 batch = lay_out(trees, range(num_reqs), first_rows.tolist(), [context] * num_reqs)
                 verify(backend, runner, batch, table)
-                runner._move_accepted(batch, [[2]] * (num_reqs - 1) + [list(range(2, 2 + most_nodes // 2))])
+                paths = torch.zeros(num_reqs, 8, dtype=torch.int32)
+                paths[:, 0] = 2
+                for _, moves in runner._moves:
+                    moves(table, torch.full((num_reqs,), context), paths)
                 draw(backend, runner, table, context, width=most_nodes // 2)
         for widths in ([8] * 8, [5, 3, 2, 1, 1, 1, 1, 1], [4, 2, 1, 1, 1, 1, 1, 1]):
-            for noise in (None, torch.zeros(num_reqs, 32_003)):
+            for noise in (None, torch.zeros(num_reqs, VOCAB)):
                 grow(runner, num_reqs, widths, noise)
 
 
@@ -188,17 +194,11 @@ def verify(backend: Any, runner: Any, batch: Any, table: torch.Tensor) -> None:
     rows = int(batch.num_nodes.sum())
     starts = torch.nn.functional.pad(torch.from_numpy(batch.num_nodes).cumsum(0), (1, 0)).int()
     builder = backend.get_builder_cls().__new__(backend.get_builder_cls())
-    builder.device = torch.device("cpu")
-    metadata = SimpleNamespace(
-        block_table=table,
-        query_start_loc_cpu=starts,
-        num_actual_tokens=rows,
-        trees=None,
-        plain=None,
-        plain_rows=None,
-        tree_rows=None,
-    )
-    builder.attach(metadata, batch)
+    metadata = SimpleNamespace(block_table=table, query_start_loc=starts, trees=None, plain=None, plain_rows=None)
+    first_rows, num_nodes = starts[:-1].long(), torch.from_numpy(batch.num_nodes)
+    contexts, ancestors = torch.from_numpy(batch.context_lens), torch.from_numpy(batch.ancestors)
+    rows_of_trees = TreeRows(table, contexts, first_rows, num_nodes, first_rows, num_nodes, ancestors)
+    builder.attach_prefix(metadata, rows_of_trees, starts, int(contexts.max()))
     for layer in runner.compilation_config.static_forward_context.values():
         query, key, value = projected(rows)
         layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata, torch.empty_like(query))
@@ -226,15 +226,19 @@ def projected(rows: int) -> tuple[torch.Tensor, ...]:
 
 def grow(runner: Any, num_reqs: int, widths: list[int], noise: torch.Tensor | None) -> None:
     """The head's logits are cut out of padded rows, or filtered."""
-    for row in (32_064, 32_003):
+    config = runner.tree_config
+    for row in (32_064, VOCAB):
 
         def logits(width: int, row: int = row) -> torch.Tensor:
-            return torch.zeros(num_reqs * width, row, dtype=torch.bfloat16)[:, :32_003].unflatten(0, (num_reqs, width))
+            return torch.zeros(num_reqs * width, row, dtype=torch.bfloat16)[:, :VOCAB].unflatten(0, (num_reqs, width))
 
         requests = [draft.Request(0, 16 - i, max_depth=8 - i % 3) for i in range(num_reqs)]
         limits = draft.Limits(widths=widths, fixed_width=True)
         noise_at = None if noise is None else lambda depth: noise
-        draft.grow(requests, logits(1)[:, 0], lambda level: logits(level.token_ids.shape[1]), runner.tree_config, noise_at, limits)
+        pool = draft.grow_pool(requests, logits(1)[:, 0], lambda level: logits(level.token_ids.shape[1]), config, noise_at, limits)
+        roots = torch.zeros(num_reqs, dtype=torch.long)
+        trees = rerank(roots, pool.tokens, pool.scores, pool.parents, pool.budgets, 1 + config.num_draft_tokens, config.depth_limit)
+        walk(trees.token_ids, trees.parents, trees.num_nodes, trees.token_ids, config.depth_limit)
 
 
 if __name__ == "__main__":

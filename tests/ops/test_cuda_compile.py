@@ -48,5 +48,5 @@ def test_kernels_compile_and_fit_into_shared_memory(tmp_path: Path) -> None:
 
 def test_steps_compile_nothing_after_the_warm_up(tmp_path: Path) -> None:
     for backend, found in run("variants", tmp_path).items():
-        assert {"_part", "_merge", "_move", "_parts", "_whole", "_order", "_climb"} == set(found["warm_up"]), backend
+        assert {"_part", "_merge", "_move", "_parts", "_whole", "_order", "_climb", "_walk"} == set(found["warm_up"]), backend
         assert found["later"] == [], backend

@@ -13,8 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_eagle import plugin
 from vllm_eagle.algorithm.config import CONFIG_KEY
-from vllm_eagle.options.devices import CPU_WORKER, is_tree_mode
-from vllm_eagle.options.engine_args import SCHEDULER
+from vllm_eagle.options.devices import CPU, is_tree_mode
 from vllm_eagle.options.flags import annotations, flag
 from vllm_eagle.pair import TARGET
 
@@ -49,8 +48,8 @@ def test_a_head_is_all_it_takes(parser: FlexibleArgumentParser, random_models: d
         config = configured(parser, "--model", str(random_models["target"]), "--speculative-model", str(random_models[kind]))
         assert config.speculative_config.method == kind
         assert config.speculative_config.num_speculative_tokens == 16
-        assert config.parallel_config.worker_cls == CPU_WORKER
-        assert config.scheduler_config.scheduler_cls == SCHEDULER
+        assert config.parallel_config.worker_cls == CPU.worker_cls
+        assert config.scheduler_config.scheduler_cls == CPU.scheduler_cls
         assert config.additional_config[CONFIG_KEY] == {}
 
 
@@ -164,7 +163,7 @@ def test_without_our_flags_nothing_changes(
     original = EngineArgs.create_engine_config._vllm_eagle_wraps  # type: ignore[attr-defined]
     stock = original(AsyncEngineArgs.from_cli_args(expected))
     assert config.compute_hash() == stock.compute_hash()
-    assert config.parallel_config.worker_cls == stock.parallel_config.worker_cls != CPU_WORKER
+    assert config.parallel_config.worker_cls == stock.parallel_config.worker_cls != CPU.worker_cls
     assert config.scheduler_config.get_scheduler_cls() is stock.scheduler_config.get_scheduler_cls()
     assert not is_tree_mode(config.speculative_config)
 

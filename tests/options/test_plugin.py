@@ -17,7 +17,7 @@ from tests.heads import heads
 from tests.serving.fake_engine import Engine
 from vllm_eagle import plugin
 from vllm_eagle.engine.seams import chat_stream
-from vllm_eagle.options.devices import CPU_WORKER, is_tree_mode
+from vllm_eagle.options.devices import CPU, is_tree_mode
 
 
 def engine_config(model: Path, **changes: Any) -> Any:
@@ -39,7 +39,7 @@ def test_without_tree_options_nothing_changes(random_models: dict[str, Path]) ->
         found = engine_config(target, **changes)
         original = EngineArgs.create_engine_config._vllm_eagle_wraps  # type: ignore[attr-defined]
         expected = original(EngineArgs(model=str(target), **(ENGINE | changes)))
-        assert found.parallel_config.worker_cls == expected.parallel_config.worker_cls != CPU_WORKER
+        assert found.parallel_config.worker_cls == expected.parallel_config.worker_cls != CPU.worker_cls
         assert found.compute_hash() == expected.compute_hash()
         spec = found.speculative_config
         assert not is_tree_mode(spec)
@@ -80,7 +80,7 @@ def test_a_server_is_prepared_once_and_told_what_no_plugin_can_do(monkeypatch: p
 
 def test_tree_options_fill_in_the_rest(random_models: dict[str, Path]) -> None:
     found = engine_config(random_models["target"], **trees(random_models["eagle3"], 12, topk=4))
-    assert found.parallel_config.worker_cls == CPU_WORKER
+    assert found.parallel_config.worker_cls == CPU.worker_cls
     assert found.speculative_config.method == "eagle3"
     assert found.speculative_config.num_speculative_tokens == 12
     assert not found.scheduler_config.async_scheduling

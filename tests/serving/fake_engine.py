@@ -20,7 +20,7 @@ from vllm_eagle.algorithm.accept import Walk
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.metrics import stats_file
 from vllm_eagle.metrics.counters import TreeMetrics, TreeTrace
-from vllm_eagle.options.devices import CPU_WORKER
+from vllm_eagle.options.devices import CPU
 from vllm_eagle.serving.page import EaglePage
 from vllm_eagle.serving.stat_logger import EagleStatLogger, Load
 
@@ -39,7 +39,7 @@ class Engine:
     """What the page may touch of vLLM's AsyncLLM."""
 
     def __init__(self, tree_mode: bool = True, **options: Any):
-        worker = CPU_WORKER if tree_mode else "vllm.v1.worker.cpu_worker.CPUWorker"
+        worker = CPU.worker_cls if tree_mode else "vllm.v1.worker.cpu_worker.CPUWorker"
         speculative = SimpleNamespace(
             num_speculative_tokens=16, model="/models/head", target_parallel_config=SimpleNamespace(worker_cls=worker)
         )

@@ -15,8 +15,8 @@ Two things differ from EAGLE-2:
 Static shapes (EAGLE-1) take the same path with fixed choices. Pure torch, no vLLM; batched over requests.
 
 On a GPU the host must not wait for what was drafted. There levels are as many as requests allow and as wide as is said before them
-(`Limits`); the finished trees, put in order on the device, are read at once. Where the widths suffice they are the same trees: what
-is drafted needlessly does not enter them.
+(`Limits`), and the nodes of `grow_pool` are put in order on the device (ops/rerank.py). Where the widths suffice they are the same
+trees: what is drafted needlessly does not enter them.
 """
 
 from collections.abc import Callable, Sequence
@@ -215,8 +215,6 @@ class Pool:
 
     def trees(self) -> list[DraftTree]:
         """Rerank: the best nodes of each request, parents first."""
-        if self.tokens.is_cuda:
-            return self._trees_of_device()
         tokens, scores, parents = (x.cpu().numpy() for x in (self.tokens, self.scores, self.parents))
         # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
         order = np.argsort(-scores, axis=1, kind="stable")
@@ -234,21 +232,6 @@ class Pool:
                     np.concatenate([np.zeros(1, np.float32), scores[i, best]]),
                 )
             )
-        return trees
-
-    def _trees_of_device(self) -> list[DraftTree]:
-        """`trees`, put in order on a GPU and read at once: the one time that the host waits."""
-        from vllm_eagle.ops.rerank import rerank  # Triton: not installed beside vLLM's CPU wheel
-
-        roots, most_nodes = _sent([r.root_token_id for r in self.requests], self.tokens.device), 1 + self._config.num_draft_tokens
-        # Limits of the configuration, not of these requests: kernels are compiled for each value of them.
-        best = rerank(roots, self.tokens, self.scores, self.parents, self.budgets, most_nodes, self._config.depth_limit)
-        scores = best.scores.view(torch.int32).long()
-        packed = torch.cat([best.num_nodes[:, None], best.token_ids, best.parents, scores], 1).cpu().numpy()
-        trees = []
-        for row in packed:
-            tokens, parents, bits = row[1:].reshape(3, most_nodes)[:, : row[0]]
-            trees.append(DraftTree(tokens, parents, bits.astype(np.int32).view(np.float32)))
         return trees
 
 

@@ -20,13 +20,11 @@ fastest, and the tree's own keys are few. That is reasoning, not measurement.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import uses_fa4_hd256_kernel
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
@@ -39,8 +37,8 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_eagle.algorithm.verify import TreeBatch
-from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass, tree_rows
+from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass
+from vllm_eagle.ops.rows import TreeRows
 
 _FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
 
@@ -84,10 +82,8 @@ def _flash_attention_takes(model: ModelConfig, max_model_len: int) -> bool:
 class DividedOnGPU(Divided):
     """What the GPU's kernels want to know besides, without asking the GPU."""
 
-    query_start_loc_cpu: torch.Tensor | None = None  # [num_reqs + 1] int32, on the host
-    tree_rows: torch.Tensor | None = None  # [num_tree_rows] int64; None: all rows belong to trees, in order
     num_tree_rows: int = 0
-    tree_starts: torch.Tensor | None = None  # [num_trees + 1] int32, where each tree begins among the tree rows
+    tree_starts: torch.Tensor | None = None  # [num_trees + 1] int32, where each tree begins
 
 
 @dataclass
@@ -96,49 +92,22 @@ class TreeTritonAttentionMetadata(DividedOnGPU, TritonAttentionMetadata):
 
 
 class TreeBuilder(PrefixBuilder):
-    """Mixin of vLLM's builders: `attach` adds the trees of a pass to its metadata."""
+    """Mixin of vLLM's builders: `attach_prefix` adds the trees of a pass to its metadata."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # shapes of trees differ from pass to pass
     metadata_cls: ClassVar[type[Any]]
-    device: torch.device
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         """As vLLM's, without trees."""
         built = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        return self.metadata_cls(**vars(built), query_start_loc_cpu=common_attn_metadata.query_start_loc_cpu)
+        return self.metadata_cls(**vars(built))
 
-    def attach(self, metadata: Any, batch: TreeBatch) -> None:
-        """Divide the rows of `metadata` into those of `batch`'s trees and the rest. Nothing is read back from the GPU."""
-        sent = partial(async_tensor_h2d, device=self.device)
-        metadata.trees = tree_rows(batch, metadata.block_table, sent)
-        metadata.longest_context = int(batch.context_lens.max())
-        metadata.num_tree_rows = int(batch.num_nodes.sum())
-        starts = torch.nn.functional.pad(torch.from_numpy(batch.num_nodes).cumsum(0), (1, 0))
-        metadata.tree_starts = sent(starts.to(torch.int32))
-        query_lens = metadata.query_start_loc_cpu.diff()
-        if metadata.num_tree_rows == query_lens.sum():
-            return
-        metadata.tree_rows = sent(batch.rows)
-        is_plain = torch.ones(len(query_lens), dtype=torch.bool)
-        is_plain[batch.req_indices] = False
-        lens = query_lens[is_plain]
-        if len(lens):
-            metadata.plain_rows = sent(torch.repeat_interleave(is_plain, query_lens).nonzero()[:, 0])
-            query_start_loc = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
-            chosen = sent(is_plain.nonzero()[:, 0])
-            subset = CommonAttentionMetadata(
-                query_start_loc=sent(query_start_loc),
-                query_start_loc_cpu=query_start_loc,
-                seq_lens=metadata.seq_lens[chosen],
-                num_reqs=len(lens),
-                num_actual_tokens=int(lens.sum()),
-                max_query_len=int(lens.max()),
-                max_seq_len=metadata.max_seq_len,
-                block_table_tensor=metadata.block_table[chosen],
-                slot_mapping=metadata.slot_mapping,
-                causal=metadata.causal,
-            )
-            metadata.plain = super().build(0, subset)  # type: ignore[misc]
+    def attach_prefix(self, metadata: Any, trees: TreeRows, query_start_loc_cpu: torch.Tensor, longest_context: int) -> None:
+        """As PrefixBuilder's, and where the trees begin."""
+        super().attach_prefix(metadata, trees, query_start_loc_cpu, longest_context)
+        num_trees = len(trees.context_lens)
+        metadata.num_tree_rows = int(query_start_loc_cpu[num_trees])
+        metadata.tree_starts = metadata.query_start_loc[: num_trees + 1]
 
 
 class TreeGPUImpl(TreeImpl):

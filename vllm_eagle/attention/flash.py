@@ -52,7 +52,7 @@ class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
 
         from vllm_eagle.ops.tree_attention import own_attention
 
-        rows, query, output, chosen = trees.rows, trees.query, trees.output, metadata.tree_rows
+        rows, query, output = trees.rows, trees.query, trees.output
         assert metadata.tree_starts is not None
         soft_cap = float(self.logits_soft_cap or 0.0)
         num_rows = metadata.num_tree_rows
@@ -64,7 +64,7 @@ class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
         keys, values = (canonicalize_singleton_dim_strides(x) for x in parts)
         descale = (len(rows.context_lens), trees.key.shape[1])
         context, context_log_sums = flash_attn_varlen_func(
-            q=query[:num_rows] if chosen is None else query[chosen],
+            q=query[:num_rows],
             k=keys,
             v=values,
             cu_seqlens_q=metadata.tree_starts,
@@ -80,13 +80,7 @@ class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
             k_descale=trees.layer._k_scale.expand(descale),
             v_descale=trees.layer._v_scale.expand(descale),
         )
-        suffix = own.to(query.dtype)
-        if chosen is None:
-            merge_attn_states(output[:num_rows], context, context_log_sums, suffix, suffix_log_sums)
-        else:
-            merged = torch.empty_like(context)
-            merge_attn_states(merged, context, context_log_sums, suffix, suffix_log_sums)
-            output[chosen] = merged
+        merge_attn_states(output[:num_rows], context, context_log_sums, own.to(query.dtype), suffix_log_sums)
 
 
 class TreeFlashAttentionBackend(FlashAttentionBackend):

@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.lora.layers.base import BaseLayerWithLoRA
 
 from vllm_eagle.heads.checkpoint import tensor_names
-from vllm_eagle.heads.formats import ATTENTION, MLP
+from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP
 
 _FUSED = {"qkv_proj": ATTENTION, "gate_up_proj": MLP[:2]}
 _UNUSED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.weight")  # vLLM builds one in every layer, and runs the first one's
@@ -23,11 +23,18 @@ _FROM_FILES = ("weight", "bias", "draft_id_to_target_id")  # other parameters ar
 def complete(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:
     """Share the target's logits with the head if it has no LM head of its own, then see that all of the head is there.
 
+    What it shares with a target that takes LoRA adapters it gets without them: drafts are those for the base model, of which fewer
+    are accepted where an adapter changes much.
+
     Raises:
         ValueError: the target's LM head cannot be found; or the files hold less than the head, or more.
     """
     if not head.has_own_lm_head:
         _share_logits(head, target, config)
+    for owner, name in ((head.model, "embed_tokens"), (head, "lm_head")):
+        layer = owner._modules.get(name)
+        if layer is not None:
+            owner.add_module(name, _without_adapters(layer))
     folder = Path(config.speculative_config.draft_model_config.model)
     if config.load_config.load_format == "dummy" or not folder.is_dir():
         return
@@ -49,6 +56,16 @@ def _share_logits(head: nn.Module, target: nn.Module, config: VllmConfig) -> Non
             raise ValueError(f"model: {type(target).__name__} has no lm_head that the head could draft with; use an EAGLE-3 head")
         head.lm_head = _without_adapters(target.model.embed_tokens)
     head.logits_processor = _without_adapters(target.logits_processor)
+
+
+def name_aux_layers(config: VllmConfig) -> None:
+    """Before anything is loaded: target layers that a head names under `eagle_config` alone, where vLLM's V1 runner reads them, are
+    named where its V2 runner looks, too. It would take default ones.
+    """
+    settings = config.speculative_config.draft_model_config.hf_config
+    layers = (getattr(settings, "eagle_config", None) or {}).get(AUX_LAYERS)
+    if layers and not getattr(settings, AUX_LAYERS, None):
+        settings.update({AUX_LAYERS: layers})
 
 
 def _without_adapters(layer: nn.Module) -> nn.Module:

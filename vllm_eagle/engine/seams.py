@@ -29,11 +29,14 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_eagle.engine import cuda_seams
+
 # With what was run there; the oldest first
 TESTED_VERSIONS = {
     "0.32": "every test",
     "0.33": "engine and serving tests, on CPU: 0.33's Python over the compiled modules of 0.32, as there is no CPU wheel of it yet",
 }
+TESTED_ON_CUDA = ("0.32",)  # its V2 model runner, through Triton's interpreter on CPUs
 ALLOW_UNTESTED = "VLLM_EAGLE_ALLOW_UNTESTED"
 BODIES = Path(__file__).with_name("seams.json")  # tested version -> symbol -> hash of its body, as Python 3.11 writes it
 
@@ -103,24 +106,14 @@ _SEAMS = (
     (EagleProposer, "_determine_batch_execution_and_padding", "num_tokens use_cudagraphs", "engine/v1/proposer.py"),
     (EagleProposer, "build_per_group_and_layer_attn_metadata", "common_attn_metadata draft_index", "engine/v1/proposer.py"),
     (EagleProposer, "_get_slot_mapping", "num_tokens slot_mapping", "engine/v1/proposer.py"),
-    (EagleProposer, "load_model", "target_model", "engine/v1/proposer.py"),
     (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/v1/proposer.py"),
     (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
     (EagleLlamaForCausalLM, "load_weights", "weights", "engine/biased_head.py"),
     (Sampler, "forward", "logits sampling_metadata predict_bonus_token logprobs_mode_override", "engine/v1/scorer.py"),
-    (Sampler, "greedy_sample", "", "engine/v1/gpu_runner.py"),
     (topk_topp_sampler, "random_sample", "generators use_fp64_gumbel", "algorithm/noise_rows.py"),
     (torch_utils, "async_tensor_h2d", "device dtype out", "engine/v1/runner.py"),
-    (Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/v1/gpu_worker.py"),
-    (Worker, "init_device", "", "engine/v1/gpu_worker.py"),
-    (Worker, "_make_model_runner", "", "engine/v1/gpu_worker.py"),
-    (Worker, "compile_or_warm_up_model", "", "engine/v1/gpu_worker.py"),
-    (Worker, "_maybe_activate_jit_monitor", "", "engine/v1/gpu_worker.py"),
     (Worker, "shutdown", "", "engine/worker.py"),
-    (GPUModelRunner, "__init__", "vllm_config device", "engine/v1/gpu_worker.py"),
     (GPUModelRunner, "load_model", "load_dummy_weights model", "engine/v1/runner.py"),
-    (GPUModelRunner, "_dummy_sampler_run", "hidden_states", "engine/v1/gpu_runner.py"),
-    (GPUModelRunner, "initialize_kv_cache", "kv_cache_config is_profiling kv_cache_allocation_context", "engine/v1/gpu_runner.py"),
     (
         GPUModelRunner,
         "_dummy_run",
@@ -128,12 +121,7 @@ _SEAMS = (
         "create_mixed_batch remove_lora is_graph_capturing num_active_loras profile_seq_lens randomize_inputs",
         "engine/v1/planning.py",
     ),
-    (GPUModelRunner, "_to_list", "sampled_token_ids", "engine/v1/gpu_runner.py"),
 )
-
-
-_FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
-_BUILD = "common_prefix_len common_attn_metadata fast_build"
 
 
 def _cpu_seams() -> Iterator[tuple[Any, str, str, str]]:
@@ -147,31 +135,9 @@ def _cpu_seams() -> Iterator[tuple[Any, str, str, str]]:
     yield CPUWorker, "init_device", "", "engine/v1/cpu_worker.py"
     yield CPUWorker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", "engine/v1/cpu_worker.py"
     yield CPUWorker, "compile_or_warm_up_model", "", "engine/v1/cpu_worker.py"
-    yield CPUAttentionBackendImpl, "forward", _FORWARD, "attention/cpu.py"
+    yield CPUAttentionBackendImpl, "forward", cuda_seams.FORWARD, "attention/cpu.py"
     yield CPUAttentionBackendImpl, "do_kv_cache_update", "layer key value kv_cache slot_mapping", "attention/cpu.py"
-    yield CPUAttentionMetadataBuilder, "build", _BUILD, "attention/cpu.py"
-
-
-def _cuda_seams() -> Iterator[tuple[Any, str, str, str]]:
-    """Of CUDA alone: Triton is not installed beside vLLM's CPU wheel."""
-    from vllm.v1.attention.backends import fa_utils, flash_attn, registry, triton_attn
-    from vllm.v1.attention.ops import merge_attn_states
-
-    yield registry, "register_backend", "class_path is_mamba", "attention/cuda.py"
-    yield fa_utils, "uses_fa4_hd256_kernel", "head_size_v", "attention/cuda.py"
-    for impl, builder, file in (
-        (flash_attn.FlashAttentionImpl, flash_attn.FlashAttentionMetadataBuilder, "attention/flash.py"),
-        (triton_attn.TritonAttentionImpl, triton_attn.TritonAttentionMetadataBuilder, "attention/cuda.py"),
-    ):
-        yield impl, "forward", _FORWARD, file
-        yield impl, "fused_output_quant_supported", "quant_key", "attention/cuda.py"
-        yield builder, "build", _BUILD, "attention/cuda.py"
-    yield (
-        merge_attn_states,
-        "merge_attn_states",
-        "prefix_output prefix_lse suffix_output suffix_lse output_lse prefill_tokens_with_context output_scale",
-        "attention/flash.py",
-    )
+    yield CPUAttentionMetadataBuilder, "build", cuda_seams.BUILD, "attention/cpu.py"
 
 
 def chat_stream() -> str:
@@ -218,7 +184,8 @@ def _seams() -> Iterator[tuple[Any, str, str, str]]:
     if current_platform.is_cpu():
         yield from _cpu_seams()
     if current_platform.is_cuda():
-        yield from _cuda_seams()
+        yield from cuda_seams.of_attention()
+        yield from cuda_seams.of_the_runner()
 
 
 def changed_seams() -> list[str]:
@@ -230,9 +197,9 @@ def _changed(seams: Iterable[tuple[Any, str, str, str]]) -> Iterator[str]:
     for owner, name, expected, file in seams:
         found = _parameters(owner, name)
         if found is None:
-            yield f"{owner.__name__}.{name} is gone; edit {file}"
+            yield f"{_name(owner)}.{name} is gone; edit {file}"
         elif found != expected.split():
-            yield f"{owner.__name__}.{name} now takes ({', '.join(found)}); edit {file}"
+            yield f"{_name(owner)}.{name} now takes ({', '.join(found)}); edit {file}"
 
 
 def changed_bodies(version: str = vllm.__version__) -> list[str]:
@@ -254,9 +221,15 @@ def changed_bodies(version: str = vllm.__version__) -> list[str]:
 def fingerprints(seams: Iterable[tuple[Any, str, str, str]]) -> dict[str, tuple[str, str, str]]:
     """Of each upstream symbol: its parameters, a hash of its body, and our file that relies on it."""
     return {
-        f"{owner.__name__}.{name}": (" ".join(_parameters(owner, name) or ["gone"]), _body(owner, name), file)
+        f"{_name(owner)}.{name}": (" ".join(_parameters(owner, name) or ["gone"]), _body(owner, name), file)
         for owner, name, _, file in seams
     }
+
+
+def _name(owner: Any) -> str:
+    """A class, which in the V2 runner may have the name of one of V1, or a module."""
+    is_v2 = getattr(owner, "__module__", "").startswith("vllm.v1.worker.gpu.")
+    return f"v2.{owner.__name__}" if is_v2 else str(owner.__name__)
 
 
 def _parameters(owner: Any, name: str) -> list[str] | None:
@@ -280,12 +253,14 @@ def known_version(version: str = vllm.__version__) -> str | None:
     return next((tested for tested in TESTED_VERSIONS if version == tested or version.startswith(f"{tested}.")), None)
 
 
-def version_problem(version: str = vllm.__version__) -> str | None:
-    """Why this vLLM version is refused, or None."""
-    if known_version(version):
+def version_problem(version: str = vllm.__version__, engine: str | None = None) -> str | None:
+    """Why this vLLM version is refused, or None; `engine`: of which kind of device, by default that of this machine."""
+    engine = engine or ("CUDA" if current_platform.is_cuda() else "CPUs")
+    tested = [known for known in TESTED_VERSIONS if engine == "CPUs" or known in TESTED_ON_CUDA]
+    if known_version(version) in tested:
         return None
     return (
-        f"vllm_eagle was not tested with vLLM {version}; install vLLM {' or '.join(TESTED_VERSIONS)}, "
+        f"vllm_eagle was not tested with vLLM {version}'s engine for {engine}; install vLLM {' or '.join(tested)}, "
         f"or set {ALLOW_UNTESTED}=1 to try"
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm.config import VllmConfig
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 
@@ -18,7 +19,7 @@ from vllm_eagle.heads.check import misfits
 from vllm_eagle.heads.draft_vocab import FILE
 from vllm_eagle.heads.formats import REPLAYED_ARCHITECTURES, read_head
 from vllm_eagle.heads.target import Target
-from vllm_eagle.options.devices import V2_RUNNER
+from vllm_eagle.options import devices
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
@@ -92,11 +93,12 @@ def _vocabularies(config: VllmConfig) -> str | None:
     return "speculative_config.use_heterogeneous_vocab is not supported with trees; use a head with the target's vocabulary"
 
 
-@_refused("padded drafter batch", "trees differ in size; the option is set by itself")
+@_refused("padded drafter batch", "trees differ in size; the option is set by itself, to true on CPUs and to false on CUDA")
 def _padded(config: VllmConfig) -> str | None:
-    if config.speculative_config.disable_padded_drafter_batch:
+    wanted = _engine(config).disable_padded_drafter_batch
+    if config.speculative_config.disable_padded_drafter_batch == wanted:
         return None
-    return "speculative_config.disable_padded_drafter_batch must be true in tree mode; set it"
+    return f"speculative_config.disable_padded_drafter_batch must be {str(wanted).lower()} in tree mode here; set it"
 
 
 @_refused("rejection_sample_method, draft_sample_method", "trees are not verified by rejection: the target's own samples decide")
@@ -147,6 +149,10 @@ _model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model
 def _on_cpu(config: VllmConfig) -> bool:
     """Elsewhere every layer says what it cannot do (`not_supported_reasons`)."""
     return config.device_config.device_type == "cpu"
+
+
+def _engine(config: VllmConfig) -> devices.Engine:
+    return devices.CUDA if config.device_config.device_type == "cuda" else devices.CPU
 
 
 _model_rule(
@@ -233,11 +239,15 @@ def _device(config: VllmConfig) -> str | None:
     return None if device in ("cpu", "cuda") else f"device {device}: there are tree kernels for CPU and CUDA only; {PLAIN}"
 
 
-@_refused("vLLM's V2 model runner", "trees are built into its V1 runner; the choice is set by itself on CUDA")
-def _v2_runner(config: VllmConfig) -> str | None:
-    if not config.use_v2_model_runner:
+@_refused("vLLM's V2 model runner on CPUs, its V1 runner on CUDA", "trees are built into the other one; it is chosen by itself")
+def _model_runner(config: VllmConfig) -> str | None:
+    ours = _engine(config)
+    if config.use_v2_model_runner == ours.is_v2:
         return None
-    return f"vLLM's V2 model runner knows no trees; set {V2_RUNNER}=0 before the process starts"
+    if not ours.is_v2:
+        return f"vLLM's V2 model runner has no trees on {ours.device}; set {devices.V2_RUNNER}=0 before the process starts"
+    missing = ", ".join(config._get_v2_model_runner_unsupported_features()) or f"{devices.V2_RUNNER}=0"
+    return f"vLLM's V1 model runner has no trees on {ours.device}, and it was chosen because of: {missing}; remove that"
 
 
 @_refused("CUDA graphs of whole steps", "they would hold attention without its tree; the mode is set to PIECEWISE by itself")
@@ -295,8 +305,58 @@ _engine_rule(
     "kv_transfer_config: a connector would send keys and values before they are compacted; remove it",
 )  # fmt: skip
 _engine_rule(
-    "async scheduling", "a step is scheduled before the last tree is known", lambda c: bool(c.scheduler_config.async_scheduling),
+    "async scheduling on CPUs", "a step is scheduled before the last tree is known",
+    lambda c: not _engine(c).is_v2 and bool(c.scheduler_config.async_scheduling),
     "async_scheduling schedules a step before the last tree is known; set async_scheduling to false",
+)  # fmt: skip
+
+
+# vLLM's V2 runner, on CUDA
+
+
+def _v2_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
+    _engine_rule(f"{feature}, on CUDA", why, lambda config: _engine(config).is_v2 and applies(config), text)
+
+
+_v2_rule(
+    "logprobs of processed logits", "all nodes are sampled at once, the path is known later",
+    lambda c: c.model_config.logprobs_mode in PROCESSED_LOGPROBS_MODES,
+    "logprobs_mode: only raw_logprobs and raw_logits are known along a tree; set it to one of them",
+)  # fmt: skip
+_v2_rule(
+    "sampling masks", "they are made where vLLM verifies chains", lambda c: bool(c.model_config.return_sampling_mask),
+    "return_sampling_mask: masks are made where vLLM verifies chains; remove it",
+)  # fmt: skip
+_v2_rule(
+    "trace replay", "it overwrites one sampled token per request and step", lambda c: bool(c.model_config.enable_trace_replay),
+    "enable_trace_replay overwrites one sampled token per request and step; remove it",
+)  # fmt: skip
+_v2_rule(
+    "watermarking", "it draws other noise than trees are drafted with", lambda c: c.watermark_config is not None,
+    "watermark_config: watermarks draw other noise than trees are drafted with; remove it",
+)  # fmt: skip
+_v2_rule(
+    "batch-sharded sampling", "a rank does not know the others' accepted paths",
+    lambda c: bool(c.parallel_config.enable_batch_sharded_sampling),
+    "enable_batch_sharded_sampling: a rank would not know the others' accepted paths; remove it",
+)  # fmt: skip
+_v2_rule(
+    "prefill context parallelism", "a prompt's rows lie on several ranks",
+    lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+    "prefill_context_parallel_size > 1 splits a batch's rows over ranks; set it to 1",
+)  # fmt: skip
+_v2_rule(
+    "fast prefill with shared KV caches", "it counts on a chain's rows", lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
+    "kv_sharing_fast_prefill counts on a chain's rows; remove it",
+)  # fmt: skip
+_v2_rule(
+    "routed experts in outputs", "they would be those of nodes that were not accepted", lambda c: bool(c.aux_output_config.enabled),
+    "enable_return_routed_experts would return those of nodes that were not accepted; remove it",
+)  # fmt: skip
+_v2_rule(
+    "vLLM's adaptive verification", "trees have a budget of their own",
+    lambda c: bool(c.speculative_config.enable_adaptive_verification),
+    "speculative_config.enable_adaptive_verification is for chains, trees have a budget of their own; remove it",
 )  # fmt: skip
 
 

@@ -1,11 +1,9 @@
-"""What the workers of all devices share (cpu_worker.py, gpu_worker.py): checks, counters, and calls from outside.
+"""What the workers of all devices share (v1/cpu_worker.py, v2/worker.py): checks, counters, and calls from outside.
 
 vLLM loads workers by name (`worker_cls`), so a stock vLLM needs no change.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -27,23 +25,10 @@ class EagleTreeWorker(Worker):
         """Refuse what cannot run, before anything is built.
 
         Raises:
-            ValueError: another vLLM, vLLM's V2 runner, or whatever else support.py refuses.
+            ValueError: another vLLM, its other runner, or whatever else support.py refuses.
         """
         seams.check_seams()
         support.check_supported(vllm_config)
-
-    @contextmanager
-    def custom_processors_aside(self) -> Iterator[None]:
-        """While vLLM builds its runner.
-
-        vLLM refuses custom logits processors under speculation; the scorer applies them node by node as plain decoding does.
-        """
-        model_config = self.vllm_config.model_config
-        processors, model_config.logits_processors = model_config.logits_processors, None
-        try:
-            yield
-        finally:
-            model_config.logits_processors = processors
 
     def new_metrics(self) -> TreeMetrics:
         """Counters, which the server's front end can see if both are on one machine."""

@@ -23,3 +23,12 @@ class Usefulness:
         self._accepted += num_accepted
         tau = 1 + self._accepted / self._trees
         return tau if self._nodes >= FIRST_NODES and tau < LEAST_TAU else None
+
+
+def advice(head: str, target: str, tau: float) -> str:
+    """What to tell the user about a head that is no help."""
+    return (
+        f"The head is no help: tau {tau:.2f} over the first {FIRST_NODES} drafted nodes. Usual causes: it was trained for another "
+        "target or another version of it, on other target layers, on other texts or languages, or too little. See: "
+        f"vllm-eagle inspect {head} --target {target}"
+    )

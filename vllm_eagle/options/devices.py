@@ -1,9 +1,9 @@
-"""What draft trees need of vLLM on each kind of device, filled in before its configuration is built.
+"""Which of vLLM's engines runs draft trees on each kind of device, filled in before its configuration is built.
 
-On CPU that is our worker. On CUDA (not run on a GPU yet) also:
-- vLLM's V1 model runner, which only an environment variable chooses. It is set, and stays set: workers are processes that read it
-  again. So engines without trees that are started later in the same process get the V1 runner, too.
-- CUDA graphs between attention layers and none around them: a graph of a whole step would hold attention without its tree.
+- CPU: its V1 model runner. Where Triton for CPUs is installed vLLM would take its V2 runner, unless an environment variable says
+  otherwise. It is set, and stays set: workers are processes that read it again.
+- CUDA (not run on a GPU yet): its V2 model runner, which vLLM takes there by itself; asynchronous scheduling stays on. CUDA graphs
+  lie between attention layers and none around them: a graph of a whole step would hold attention without its tree.
 
 What users have set is left alone here; support.py refuses what does not fit. The attention backend is chosen in the worker, which
 also puts ours in its place (attention/cuda.py).
@@ -11,25 +11,45 @@ also puts ours in its place (attention/cuda.py).
 
 import copy
 import os
+from dataclasses import dataclass
 from typing import Any
 
-CPU_WORKER = "vllm_eagle.engine.v1.cpu_worker.EagleTreeCPUWorker"
-CUDA_WORKER = "vllm_eagle.engine.v1.gpu_worker.EagleTreeGPUWorker"
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
-def worker_cls() -> str:
-    """Name of our worker for this machine's platform.
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The engine of a kind of device."""
+
+    device: str  # as users call it
+    worker_cls: str
+    scheduler_cls: str
+    is_v2: bool  # vLLM's V2 model runner, or V1
+
+    @property
+    def disable_padded_drafter_batch(self) -> bool:
+        """vLLM's option: its V1 runner needs it for trees, and with it nothing is scheduled asynchronously."""
+        return not self.is_v2
+
+
+CPU = Engine(
+    "CPUs", "vllm_eagle.engine.v1.cpu_worker.EagleTreeCPUWorker", "vllm_eagle.engine.v1.scheduler.EagleTreeScheduler", False
+)
+CUDA = Engine("CUDA", "vllm_eagle.engine.v2.worker.EagleTreeGPUWorker", "vllm_eagle.engine.v2.scheduler.EagleTreeScheduler", True)
+
+
+def engine() -> Engine:
+    """That of this machine's platform.
 
     Raises:
-        ValueError: no worker of ours runs on it.
+        ValueError: none of ours runs on it.
     """
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return CPU_WORKER
+        return CPU
     if current_platform.is_cuda():
-        return CUDA_WORKER
+        return CUDA
     raise ValueError(
         f"draft trees run on CPU and CUDA, not on {current_platform.device_name}; "
         "remove the draft-tree options to serve without trees"
@@ -40,24 +60,29 @@ def is_tree_mode(speculative_config: Any) -> bool:
     """Whether vLLM's SpeculativeConfig belongs to an engine with our worker."""
     if speculative_config is None or speculative_config.target_parallel_config is None:
         return False
-    return str(speculative_config.target_parallel_config.worker_cls).startswith("vllm_eagle.")
+    return speculative_config.target_parallel_config.worker_cls in (CPU.worker_cls, CUDA.worker_cls)
 
 
 def fill_in(args: Any) -> None:
     """Complete `args`, vLLM's EngineArgs with a speculative_config.
 
     Raises:
-        ValueError: the environment asks for vLLM's V2 runner.
+        ValueError: the environment asks for the other model runner.
     """
-    args.worker_cls = worker_cls()
-    if args.worker_cls != CUDA_WORKER:
-        return
     from vllm import envs
     from vllm.config import CUDAGraphMode
+    from vllm.triton_utils import HAS_TRITON
 
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise ValueError(f"{V2_RUNNER}=1 contradicts draft trees, which need vLLM's V1 model runner; unset it")
-    os.environ[V2_RUNNER] = "0"
-    if args.compilation_config.cudagraph_mode is None:
+    ours = engine()
+    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+    if wanted is not None and wanted != ours.is_v2:
+        own = f"{'V2' if ours.is_v2 else 'V1'} model runner on {ours.device}"
+        raise ValueError(f"{V2_RUNNER}={int(wanted)} contradicts draft trees, which run in vLLM's {own}; unset it")
+    args.worker_cls, args.scheduler_cls = ours.worker_cls, ours.scheduler_cls
+    if not ours.is_v2:
+        args.async_scheduling = False
+        if HAS_TRITON:
+            os.environ[V2_RUNNER] = "0"
+    elif args.compilation_config.cudagraph_mode is None:
         args.compilation_config = copy.copy(args.compilation_config)  # the caller's own object
         args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -1,5 +1,6 @@
 """One set of tree options -> vLLM's engine arguments. Used by the offline helper, the plugin and the command line."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,11 @@ from vllm.logger import init_logger
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.heads.served import served
 from vllm_eagle.heads.target import Target
-from vllm_eagle.options.devices import worker_cls
+from vllm_eagle.options import devices
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 Method = Literal["eagle", "eagle3"]
-SCHEDULER = "vllm_eagle.engine.v1.scheduler.EagleTreeScheduler"
 DEFAULT_DRAFT_TOKENS = 16
 
 
@@ -96,8 +96,9 @@ def speculative_settings(
             f'speculative method "{completed["method"]}" drafts no trees; set it to "eagle" or "eagle3", '
             f"or remove additional_config[{CONFIG_KEY!r}]"
         )
-    if completed.setdefault("disable_padded_drafter_batch", True) is not True:
-        raise ValueError("disable_padded_drafter_batch=false contradicts draft trees; remove it")
+    wanted = devices.engine().disable_padded_drafter_batch
+    if completed.setdefault("disable_padded_drafter_batch", wanted) is not wanted:
+        raise ValueError(f"disable_padded_drafter_batch={json.dumps(not wanted)} contradicts draft trees; remove it")
     num_draft_tokens = completed.setdefault("num_speculative_tokens", DEFAULT_DRAFT_TOKENS)
     TreeConfig.from_options(num_draft_tokens, options)
     head = completed["model"]
@@ -122,10 +123,11 @@ def engine_args(
         ValueError: an option is impossible, the head cannot be loaded, or the platform is neither CPU nor CUDA.
     """
     settings = speculative_settings({"model": str(head), "num_speculative_tokens": num_draft_tokens}, options, target)
+    engine = devices.engine()
     return {
         "speculative_config": settings,
-        "worker_cls": worker_cls(),
-        "scheduler_cls": SCHEDULER,
-        "async_scheduling": False,
+        "worker_cls": engine.worker_cls,
+        "scheduler_cls": engine.scheduler_cls,
         "additional_config": {CONFIG_KEY: options},
+        **({} if engine.is_v2 else {"async_scheduling": False}),
     }

@@ -37,11 +37,13 @@ class Case:
 
     model: str
     prompts: Sequence[list[int]]
-    params: Sequence[dict[str, Any]]  # of SamplingParams
+    params: Sequence[dict[str, Any]]  # of SamplingParams; "regex" constrains
+    adapters: Sequence[str] = ()  # folders of LoRA adapters; request i gets the i-th, the others none
     engine: dict[str, Any] = field(default_factory=dict)  # engine arguments; none of trees: plain
     attention: str = "triton"  # or "cpu": vLLM's CPU attention and our operator
     is_async: bool = False
     patches: tuple[str, ...] = ()  # names of functions in breakages.py
+    sessions: bool = False  # of several turns (tests/engine/test_sessions.py), one for each of `params`; no prompts
     audit: bool = False  # record what reads values on the host (audit.py): stats["host_reads"]
 
 
@@ -49,9 +51,11 @@ class Case:
 class Answers:
     """What came out."""
 
-    token_ids: list[list[int]]
+    token_ids: list[list[int]]  # one after the other, n of each request
     logprobs: list[Any]
+    prompt_logprobs: list[Any]
     stats: dict[str, Any]
+    recent: list[dict[str, Any]]  # the last trees
 
 
 class Bed:
@@ -95,20 +99,16 @@ def _prepare() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p: topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
-    from vllm_eagle import plugin
-    from vllm_eagle.engine import support
     from vllm_eagle.options import devices
 
-    worker = "tests.engine.v2.worker.TreeV2Worker"
-    devices.CPU_WORKER = worker
-    devices.is_tree_mode = lambda config: config is not None and config.target_parallel_config.worker_cls == worker
-    plugin.SCHEDULER = None
-    support.RULES[:] = [rule for rule in support.RULES if rule.feature not in ("vLLM's V2 model runner", "async scheduling")]
+    # This machine's engine is that of GPUs, with the bed's worker; vLLM's CPU platform has its say in how steps are scheduled.
+    devices.CPU = devices.Engine("CPUs", "tests.engine.v2.worker.TreeV2Worker", devices.CUDA.scheduler_cls, True)
 
 
 def _run(case: Case) -> Answers:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
+    from tests.engine.test_sessions import session
     from tests.engine.v2 import audit
 
     arguments = ENGINE | case.engine
@@ -119,17 +119,47 @@ def _run(case: Case) -> Answers:
             worker.register(case.attention)
         llm = LLM(case.model, **arguments)
         try:
+            if case.sessions:
+                turns = [session(llm, _params(each))[0] for each in case.params]
+                stats = llm.collective_rpc("eagle_stats")[0] if "spec_model" in arguments else {}
+                return Answers([answer for answers in turns for answer in answers], [], [], stats, [])
             prompts = [{"prompt_token_ids": ids} for ids in case.prompts]
             with audit.recorded() if case.audit else nullcontext():
-                outputs = llm.generate(prompts, [SamplingParams(**params) for params in case.params], use_tqdm=False)
-            stats = llm.collective_rpc("tree_stats")[0] if "spec_model" in arguments else {}
+                outputs = llm.generate(
+                    prompts, [_params(each) for each in case.params], use_tqdm=False, lora_request=_adapters(case)
+                )
+            stats, recent = ({}, [])
+            if "spec_model" in arguments:
+                stats, recent = (llm.collective_rpc(name)[0] for name in ("eagle_stats", "eagle_recent_trees"))
             if case.audit:
-                stats["host_reads"] = dict(audit.found)
+                stats |= {"host_reads": dict(audit.found), "ops_when_idle": dict(audit.when_idle), "num_idle": audit.num_idle}
         finally:
             llm.llm_engine.engine_core.shutdown()
+    answers = [answer for output in outputs for answer in output.outputs]
     return Answers(
-        [list(output.outputs[0].token_ids) for output in outputs], [output.outputs[0].logprobs for output in outputs], stats
+        [list(answer.token_ids) for answer in answers],
+        [answer.logprobs for answer in answers],
+        [output.prompt_logprobs for output in outputs],
+        stats,
+        recent,
     )
+
+
+def _params(asked: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    asked = dict(asked)
+    if "regex" in asked:
+        asked["structured_outputs"] = StructuredOutputsParams(regex=asked.pop("regex"))
+    return SamplingParams(**asked)
+
+
+def _adapters(case: Case) -> list[Any] | None:
+    from vllm.lora.request import LoRARequest
+
+    found: list[Any] = [LoRARequest(f"a{i}", i, folder) for i, folder in enumerate(case.adapters, start=1)]
+    return [*found, *[None] * (len(case.prompts) - len(found))] if found else None
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_eagle.attention.cuda import TreeTritonAttentionBackend
-from vllm_eagle.engine.v2.runner import EagleTreeGPUModelRunner, EagleTreeRunner
+from vllm_eagle.engine.v2.runner import EagleTreeRunner
+from vllm_eagle.engine.worker import EagleTreeWorker
 
 
 class TritonInCPUsPlace(TreeTritonAttentionBackend):
@@ -36,7 +37,7 @@ class TreeV2Runner(EagleTreeRunner, CPUModelRunner):
         """As on a GPU, but vLLM's CPU attention packs its cache in another way, which its implementation knows."""
         layers = list(self._target_layers())
         if not hasattr(layers[0][1][0].impl, "move_slots"):
-            EagleTreeGPUModelRunner._prepare_moves(self)  # type: ignore[arg-type]
+            super()._prepare_moves()
             return
         self._moves = [(gid, partial(_move, alike, self.block_tables.block_sizes[gid])) for gid, alike in layers]
 
@@ -53,8 +54,12 @@ def _move(layers: Any, block_size: int, block_table: torch.Tensor, context_lens:
     layers[0].impl.move_slots(layers, slots(sources), slots(targets))
 
 
-class TreeV2Worker(CPUWorker):
+class TreeV2Worker(EagleTreeWorker, CPUWorker):
     """vLLM's CPU worker imports its runner by name while the device is set up."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
+        self.check(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
         """As vLLM's, with our runner."""
@@ -65,8 +70,9 @@ class TreeV2Worker(CPUWorker):
             super().init_device()
         finally:
             module.CPUModelRunner = stock  # type: ignore[misc]
+        self.model_runner.init_trees(self.new_metrics())
 
-    def tree_stats(self) -> dict[str, Any]:
-        """Counters."""
-        self.model_runner._late.poll()
-        return self.model_runner.tree_metrics.as_dict()
+    def compile_or_warm_up_model(self) -> Any:
+        """Measure what passes cost; then as vLLM's."""
+        self.model_runner.measure_costs()
+        return super().compile_or_warm_up_model()

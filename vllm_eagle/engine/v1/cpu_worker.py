@@ -1,5 +1,8 @@
 """The worker that runs draft trees on CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -29,9 +32,22 @@ class EagleTreeCPUWorker(EagleTreeWorker, CPUWorker):
         _cached_get_attn_backend.cache_clear()  # an engine without trees may have run in this process
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
 
+    @contextmanager
+    def _custom_processors_aside(self) -> Iterator[None]:
+        """While vLLM builds its runner.
+
+        vLLM refuses custom logits processors under speculation; the scorer applies them node by node as plain decoding does.
+        """
+        model_config = self.vllm_config.model_config
+        processors, model_config.logits_processors = model_config.logits_processors, None
+        try:
+            yield
+        finally:
+            model_config.logits_processors = processors
+
     def init_device(self) -> None:
         """Build vLLM's runner, then make it ours: CPUWorker has no factory method to override (see patches/)."""
-        with self.custom_processors_aside():
+        with self._custom_processors_aside():
             super().init_device()
         if not isinstance(self.model_runner, EagleTreeCPUModelRunner):
             self.model_runner.__class__ = EagleTreeCPUModelRunner

@@ -13,10 +13,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.algorithm.draft import Limits, Request
-from vllm_eagle.algorithm.tree import DraftTree, depths_of, inner_nodes
+from vllm_eagle.algorithm.tree import DraftTree, depths_of
 from vllm_eagle.budget.budget import Budget, Plan
-from vllm_eagle.engine.v1 import costs
-from vllm_eagle.engine.v1.costs import StepClock
+from vllm_eagle.engine import costs
+from vllm_eagle.engine.v1.clock import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
 from vllm_eagle.engine.v1.proposer import DraftPlan, EagleTreeProposer
 from vllm_eagle.metrics.counters import Decision, TreeMetrics
@@ -46,11 +46,6 @@ class DraftPlanning(GPUModelRunner):
     def most_nodes(self) -> int:
         """Nodes of all trees that one target pass can hold, roots included."""
         return min(self.max_num_tokens, self.max_num_reqs * (1 + self.tree_config.num_draft_tokens))
-
-    @property
-    def most_sampled_rows(self) -> int:
-        """Rows that the sampler draws noise for in one call: one of each request, as in plain decoding, or a tree's."""
-        return max(self.max_num_reqs, 1 + self.tree_config.num_draft_tokens)
 
     @property
     def most_level_rows(self) -> int:
@@ -94,9 +89,6 @@ class DraftPlanning(GPUModelRunner):
         if self.budget is not None:
             scores, depths = [tree.scores[1:] for tree in trees.values()], [x[1:] for x in depths_of(list(trees.values()))]
             numbers = self.budget.keep(scores, depths, self._drafting.depth, self._num_decoding)
-            if self._fixed_width and trees:
-                inner = inner_nodes(list(trees.values()), self.tree_config.depth_limit) / len(trees)
-                self.budget.profile.saw_trees(inner, self._drafting.depth)
             trees = {row: tree.prefix(1 + number) for (row, tree), number in zip(trees.items(), numbers, strict=True)}
         for row, tree in trees.items():
             self._stored[self.input_batch.req_ids[row]] = tree
@@ -122,8 +114,6 @@ class DraftPlanning(GPUModelRunner):
             self.budget.saw_pass(pass_s, scheduler_output.total_num_scheduled_tokens, num_trees)
         if (drafter := self.drafter).num_drafting:
             depth = self._drafting.depth
-            if self._fixed_width:  # the host only launches the first pass, and waits for everything later
-                levels_s = draft_s * self.budget.costs.levels_share(drafter.first_rows, drafter.level_rows)
             self.budget.costs.saw_drafting(
                 draft_s - levels_s, drafter.first_rows, levels_s, drafter.num_drafting, drafter.level_rows, depth
             )
@@ -133,20 +123,14 @@ class DraftPlanning(GPUModelRunner):
         for row in self._prompt_rows:  # computed anew from the start, if the head has missed something of it
             self.drafter.forget(self.input_batch.req_ids[row])
         num_decoding = self._num_decoding
-        self._drafting, limits = Plan(self.tree_config.depth_limit), Limits(fixed_width=self._fixed_width)
+        self._drafting, limits = Plan(self.tree_config.depth_limit), Limits()
         if self.budget is not None and num_decoding:
             self._drafting = plan = self.budget.plan(num_decoding)
-            widths = self.budget.profile.widths(self.tree_config.children) if self._fixed_width else None
-            limits = Limits(plan.node_floor, partial(self.budget.pays, plan), widths, self._fixed_width)
+            limits = Limits(plan.node_floor, partial(self.budget.pays, plan))
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
         now = {*drawn, *self._prompt_rows}
         later = [row for row, req_id in enumerate(req_ids) if row not in now and self._options[req_id].num_draft_tokens]
         return DraftPlan(req_ids, drawn, sorted(now), later, limits)
-
-    @property
-    def _fixed_width(self) -> bool:
-        """Whether levels are drafted in widths that are known before them (draft.py)."""
-        return self.device.type != "cpu"
 
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:
         """Requests that get a tree for the next step, by row, and how large it may be."""

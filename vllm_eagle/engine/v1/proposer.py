@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -75,18 +74,6 @@ class EagleTreeProposer(EagleProposer):
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
         feature_bytes = vllm_config.model_config.get_hidden_size() * (3 if self.method == "eagle3" else 1) * self.dtype.itemsize
         self._backlog = Backlog(BACKLOG_BYTES // feature_bytes)
-
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """As vLLM's; what the head shares with a target that takes LoRA adapters is shared without them.
-
-        An adapter is applied row by row of the target's batch, and the head's rows are others. So drafts are those for the base
-        model: fewer are accepted where an adapter changes much.
-        """
-        super().load_model(target_model)
-        for owner, name in ((self.model.model, "embed_tokens"), (self.model, "lm_head")):
-            layer = owner._modules.get(name)
-            if isinstance(layer, BaseLayerWithLoRA):
-                owner.add_module(name, layer.base_layer)
 
     def prepare_inputs(
         self,

@@ -1,4 +1,4 @@
-"""The model runner with draft trees, for all devices (cpu_runner.py, gpu_runner.py). One step:
+"""vLLM's V1 model runner with draft trees (cpu_runner.py: what a CPU needs besides). One step:
 
     _prepare_inputs            lay out the trees that the scheduler scheduled; positions by depth
     _build_attention_metadata  hand the trees to attention
@@ -33,13 +33,14 @@ from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.budget.budget import Plan
 from vllm_eagle.engine.draft_vocab import logits_of
-from vllm_eagle.engine.v1.costs import StepClock
+from vllm_eagle.engine.layers import target_layers
+from vllm_eagle.engine.v1.clock import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
 from vllm_eagle.engine.v1.planning import DraftPlanning
 from vllm_eagle.engine.v1.proposer import EagleTreeProposer
 from vllm_eagle.engine.v1.scorer import PADDING, EagleTreeScorer
 from vllm_eagle.metrics.counters import TreeMetrics, TreeTrace
-from vllm_eagle.metrics.usefulness import FIRST_NODES, Usefulness
+from vllm_eagle.metrics.usefulness import Usefulness, advice
 from vllm_eagle.options.per_request import RequestOptions
 
 _NOTHING_DRAFTED = DraftTree.root_only(PADDING)
@@ -70,7 +71,7 @@ class EagleTreeRunner(DraftPlanning):
         self.budget = None
         self._clock = StepClock(metrics)
         self._drafting = Plan(0)
-        self.scorer = EagleTreeScorer(self.sampler, self.most_sampled_rows)
+        self.scorer = EagleTreeScorer(self.sampler)
         self.drafter = EagleTreeProposer(
             self.vllm_config,
             self.device,
@@ -234,12 +235,7 @@ class EagleTreeRunner(DraftPlanning):
 
     def _warn_if_useless(self, tau: float | None) -> None:
         if tau is not None and self.parallel_config.rank == 0:
-            logger.warning(
-                "The head is no help: tau %.2f over the first %d drafted nodes. Usual causes: it was trained for another target or "
-                "another version of it, on other target layers, on other texts or languages, or too little. See: "
-                "vllm-eagle inspect %s --target %s",
-                tau, FIRST_NODES, self.speculative_config.draft_model_config.model, self.model_config.model,
-            )  # fmt: skip
+            logger.warning("%s", advice(self.speculative_config.draft_model_config.model, self.model_config.model, tau))
 
     def _update_states_after_model_execute(self, output_token_ids: torch.Tensor, scheduler_output: SchedulerOutput) -> None:
         super()._update_states_after_model_execute(output_token_ids, scheduler_output)
@@ -260,18 +256,8 @@ class EagleTreeRunner(DraftPlanning):
         raise NotImplementedError
 
     def _target_layers(self) -> Iterator[tuple[int, list[Attention]]]:
-        """Layers whose caches hold tree nodes, with the group of the cache: together those whose caches have one shape.
-
-        The head's own layer holds none.
-        """
         context = self.compilation_config.static_forward_context
-        for gid, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            layers = [context[name] for name in group.layer_names if name not in self.drafter._draft_attn_layer_names]
-            by_shape: dict[torch.Size, list[Attention]] = {}
-            for layer in {layer.kv_cache.data_ptr(): layer for layer in layers}.values():  # those that share a cache once
-                by_shape.setdefault(layer.kv_cache.shape, []).append(layer)
-            for alike in by_shape.values():
-                yield gid, alike
+        return target_layers(self.kv_cache_config, context, self.drafter._draft_attn_layer_names)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         # For requests whose prompt is not complete vLLM rewinds the generator by one draw, which CPU generators cannot do. The

@@ -5,10 +5,8 @@ The target pass gave one row of logits per node. Depth by depth, the rows of the
 metadata, penalties over the output so far, logits processors, and the next noise of the request's generator. Nothing is
 approximated or handled twice, so whatever the sampler knows is exact under trees.
 
-Where it looks at nothing but a row, its request's temperature, top-k and top-p, and its noise, one call samples after all nodes,
-and the walk looks up what was sampled. The sampler draws the noise of a row from a generator, so each node is given one of its own,
-in the state that belongs to its depth (node_noise.py). On a GPU that saves waiting after every depth. On a CPU it is done for
-greedy requests: noise and filters for nodes off the way cost more there than the calls that are saved.
+Where all requests are greedy, and the sampler looks at nothing but a row, one call samples after all nodes, and the walk looks up
+what was sampled. Where noise is drawn, that would cost more for nodes off the way than the calls that are saved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,27 +16,23 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_eagle.algorithm.accept import Walk, accept
-from vllm_eagle.algorithm.node_noise import Draw, node_generators
-from vllm_eagle.algorithm.noise import draw_seed, draws_seeds
-from vllm_eagle.algorithm.tree import DraftTree, depths_of
+from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.engine.v1.grammar import MaskAfter, apply_masks
 
 PADDING = -1  # what vLLM ignores in a row of sampled tokens
-_MOST_SCORES = 1 << 20  # in one call for all nodes on CPU; with more, calls for the nodes on the way alone cost less
+_MOST_SCORES = 1 << 20  # in one call for all nodes; with more, calls for the nodes on the way alone cost less
 
 
 class EagleTreeScorer:
     """Turns logits of tree nodes into emitted tokens."""
 
-    def __init__(self, sampler: Sampler, most_rows: int):
-        """`most_rows`: for so many rows at once there is memory to draw noise and sort logits."""
+    def __init__(self, sampler: Sampler):
         self._sampler = sampler
-        self._most_rows = most_rows
 
     def score(
         self,
@@ -59,8 +53,8 @@ class EagleTreeScorer:
         """
         if (thinking := metadata.thinking_budget_state_holder) is not None:
             thinking.in_spec_mode = False  # under speculation it counts rows by draft tokens; here there is one per request
-        if not grammars and self._at_once_is_cheap(logits, metadata.all_greedy) and is_row_wise(metadata):
-            return self._score_at_once(logits, trees, metadata, discarded)
+        if not grammars and logits.numel() <= _MOST_SCORES and is_greedy_row_by_row(metadata):
+            return self._score_at_once(logits, trees, metadata)
         walks = [Walk(tree) for tree in trees]
         starts = _starts(trees)
         logprobs: list[LogprobsTensors] = []
@@ -98,36 +92,13 @@ class EagleTreeScorer:
                 del output[-len(walk.path) :]  # vLLM's bookkeeping appends the emitted tokens itself
         return SamplerOutput(_stack_tokens(walks), _stack_logprobs(logprobs)), walks
 
-    def _at_once_is_cheap(self, logits: torch.Tensor, greedy: bool) -> bool:
-        """Also in memory."""
-        if logits.is_cpu:
-            return greedy and logits.numel() <= _MOST_SCORES
-        return greedy or len(logits) <= self._most_rows
-
     def _score_at_once(
-        self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata, discarded: set[int]
+        self, logits: torch.Tensor, trees: Sequence[DraftTree], metadata: SamplingMetadata
     ) -> tuple[SamplerOutput, list[Walk]]:
-        starts = _starts(trees).tolist()
-        drawing = {} if metadata.all_greedy else {i: g for i, g in metadata.generators.items() if i not in discarded}
-        own: dict[int, torch.Generator] = {}  # by row of logits
-        if drawing:
-            draw = self._draw(logits)
-            for (i, generator), depths in zip(drawing.items(), depths_of([trees[i] for i in drawing]), strict=True):
-                own |= dict(enumerate(node_generators(generator, depths.tolist(), draw), starts[i]))
-        out = self._sampler(logits=logits, sampling_metadata=_per_node(metadata, trees, own))
-        sampled = out.sampled_token_ids[:, 0].tolist()
+        out = self._sampler(logits=logits, sampling_metadata=replace(metadata, generators={}, spec_token_ids=None))
+        sampled, starts = out.sampled_token_ids[:, 0].tolist(), _starts(trees).tolist()
         walks = [accept(tree, sampled[start:end]) for tree, start, end in zip(trees, starts, starts[1:], strict=False)]
-        for i, generator in drawing.items():
-            generator.set_state(own[starts[i] + walks[i].node].get_state())
         return SamplerOutput(_stack_tokens(walks), None), walks
-
-    def _draw(self, logits: torch.Tensor) -> Draw:
-        """What the sampler draws for a row of noise: on CPU the seed of a hash (noise.py), else the row (noise_rows.py)."""
-        exact: bool = self._sampler.use_fp64_gumbel
-        if draws_seeds(logits.device, exact):
-            return draw_seed
-        row = torch.empty(logits.shape[-1], dtype=torch.float64 if exact else torch.float32, device=logits.device)
-        return lambda generator: row.exponential_(generator=generator)
 
 
 def _starts(trees: Sequence[DraftTree]) -> np.ndarray:
@@ -135,22 +106,12 @@ def _starts(trees: Sequence[DraftTree]) -> np.ndarray:
     return np.cumsum([0, *(tree.num_nodes for tree in trees)])
 
 
-def _per_node(metadata: SamplingMetadata, trees: Sequence[DraftTree], generators: dict[int, torch.Generator]) -> SamplingMetadata:
-    """What a node's row needs of its request's, where all nodes are sampled after at once."""
-    found = replace(metadata, generators=generators, spec_token_ids=None)
-    if metadata.all_greedy:
-        return found
-    device = metadata.temperature.device
-    request = async_tensor_h2d(np.repeat(np.arange(len(trees)), [tree.num_nodes for tree in trees]), device=device)
-    per_request = {name: getattr(metadata, name) for name in ("temperature", "top_k", "top_p")}
-    return replace(found, **{name: values[request] for name, values in per_request.items() if values is not None})
-
-
-def is_row_wise(metadata: SamplingMetadata) -> bool:
-    """Whether vLLM's sampler looks at nothing but a row of logits, its request's temperature, top-k and top-p, and its noise."""
+def is_greedy_row_by_row(metadata: SamplingMetadata) -> bool:
+    """Whether all requests are greedy, and vLLM's sampler looks at nothing but a row of logits."""
     thinking = metadata.thinking_budget_state_holder
     return (
-        metadata.no_penalties
+        metadata.all_greedy
+        and metadata.no_penalties
         and metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.allowed_token_ids_mask is None
@@ -160,13 +121,6 @@ def is_row_wise(metadata: SamplingMetadata) -> bool:
             (isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases)
             or (isinstance(processor, MinTokensLogitsProcessor) and not processor.min_toks)
             for processor in metadata.logitsprocs.non_argmax_invariant
-        )
-        and (
-            metadata.all_greedy
-            or all(
-                isinstance(processor, MinPLogitsProcessor) and not processor.min_p_count
-                for processor in metadata.logitsprocs.argmax_invariant
-            )
         )
     )
 

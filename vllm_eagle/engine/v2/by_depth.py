@@ -7,7 +7,7 @@ chain, and the last row of it is sampled. One call per depth more, and still not
 import torch
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_eagle.engine.v2.sampler import NodeRows, Walked, draw
+from vllm_eagle.engine.v2.rows import NodeRows, Walked, draw
 
 
 def walk_by_depth(sampler: Sampler, part: NodeRows, max_depth: int) -> Walked:

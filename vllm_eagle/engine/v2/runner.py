@@ -6,55 +6,98 @@
     speculator.propose        the next trees (speculator.py)
 
 Everything else is vLLM's. Its scheduler knows only how many drafts a request has; which they are, and all that is known of trees,
-stays on the device (slots.py), so steps are scheduled ahead and the host waits for nothing.
+stays on the device (slots.py), so steps are scheduled ahead and the host waits for nothing: what it wants to know comes late
+(late.py, counting.py). Not run on a GPU yet.
 """
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.states import SamplingStates
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.engine.draft_vocab import logits_of
+from vllm_eagle.engine.layers import target_layers
+from vllm_eagle.engine.loaded import name_aux_layers
+from vllm_eagle.engine.v2 import measuring
+from vllm_eagle.engine.v2.budgeting import Budgeting
+from vllm_eagle.engine.v2.counting import Counting, Step
+from vllm_eagle.engine.v2.drafts import Drafts, said, say
 from vllm_eagle.engine.v2.late import LateReads
 from vllm_eagle.engine.v2.sampler import TreeSampler
 from vllm_eagle.engine.v2.slots import SlotTrees
 from vllm_eagle.engine.v2.speculator import TreeSpeculator
-from vllm_eagle.metrics.counters import TreeMetrics
+from vllm_eagle.engine.v2.split import DraftSplit
+from vllm_eagle.metrics.counters import TreeMetrics, TreeTrace
+from vllm_eagle.ops.move_slots import Caches, move_accepted
+from vllm_eagle.ops.rerank import Trees
 from vllm_eagle.ops.rows import TreeRows
 from vllm_eagle.options.per_request import RequestOptions
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
+_OF_VLLM = (BadWordsState, LogitBiasState, PenaltiesState)  # among its logits processors; the others are custom
+# What a level holds per logit at the most: logits in 16 bits, and filtering them two copies in 32.
+_BYTES_PER_DRAFT_LOGIT = 10
 
-class EagleTreeRunner:
-    """A mixin: to be put before vLLM's V2 runner of a device, which all derive from its GPUModelRunner."""
+
+class EagleTreeRunner(GPUModelRunner):
+    """vLLM's V2 runner, verifying trees. That of another device derives from this one and from vLLM's, in this order."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device):
         super().__init__(vllm_config, device)
-        runner: Any = self
         spec = vllm_config.speculative_config
         self.tree_config = TreeConfig.from_options(spec.num_speculative_tokens, vllm_config.additional_config.get(CONFIG_KEY, {}))
-        self.tree_metrics = TreeMetrics()
-        self._late = LateReads()
-        self.trees = SlotTrees(runner.max_num_reqs, spec.num_speculative_tokens + 1, device)
-        self.request_options = [RequestOptions()] * runner.max_num_reqs
-        self._depends_on_path = np.zeros(runner.max_num_reqs, dtype=bool)
+        self.late = LateReads(device)
+        self.trees = SlotTrees(self.max_num_reqs, spec.num_speculative_tokens + 1, device)
+        self.request_options = [RequestOptions()] * self.max_num_reqs
+        self._depends_on_path = np.zeros(self.max_num_reqs, dtype=bool)
+        self.step = Step(is_first=True)
+        self.drafts: Drafts | None = None  # what is planned for this step; None: as much as allowed
         # vLLM's own was chosen by method; it holds no weights yet.
-        runner.speculator = TreeSpeculator(vllm_config, device, self.tree_config, self)
+        self.speculator = TreeSpeculator(vllm_config, device, self.tree_config, self)
         logger.info("Draft trees: %s", self.tree_config)
+
+    def init_trees(self, metrics: TreeMetrics) -> None:
+        """Count from here on."""
+        head, target = self.speculative_config.draft_model_config.model, self.model_config.model
+        self.counting = Counting(metrics, self.late, head, target, tells=self.parallel_config.rank == 0)
+
+    def forget_warm_up(self) -> None:
+        """Count anew: vLLM's warm-up has run steps with requests of its own."""
+        if self.device.type == "cuda":
+            torch.accelerator.synchronize()
+        metrics = self.tree_metrics
+        metrics.reset()
+        self.init_trees(metrics)
+
+    @property
+    def tree_metrics(self) -> TreeMetrics:
+        """Counters, with all that has arrived."""
+        self.late.poll()
+        return self.counting.metrics
+
+    @property
+    def tree_trace(self) -> TreeTrace:
+        """The last trees, with all that has arrived."""
+        self.late.poll()
+        return self.counting.trace
 
     @property
     def states(self) -> SamplingStates:
@@ -70,42 +113,42 @@ class EagleTreeRunner:
         """As vLLM's; then put our sampler and metadata in their places, and ask every attention layer whether it can run trees.
 
         Raises:
-            ValueError: a layer cannot; the message says why.
+            ValueError: something is missing in the head, or a layer cannot; the message says why.
         """
+        name_aux_layers(self.vllm_config)
         super().load_model(*args, **kwargs)
-        runner: Any = self
-        runner.speculator.logits = logits_of(
-            runner.speculator.model, runner.model, runner.vllm_config, self.tree_config, runner.device
+        self.speculator.logits = logits_of(self.speculator.model, self.model, self.vllm_config, self.tree_config, self.device)
+        check_layers(self.compilation_config.static_forward_context, self.max_model_len)
+        self.rejection_sampler = TreeSampler(
+            self.sampler, self.speculative_config, self.device, self.trees, self.tree_config.depth_limit, self._depends_on_path
         )
-        check_layers(runner.compilation_config.static_forward_context, runner.max_model_len)
-        runner.rejection_sampler = TreeSampler(
-            runner.sampler,
-            runner.speculative_config,
-            runner.device,
-            self.trees,
-            self.tree_config.depth_limit,
-            self._depends_on_path,
-        )
-        prepare = runner.model_state.prepare_attn
+        self._has_processors = any(not isinstance(each, _OF_VLLM) for each in self.sampler.logits_processors)
+        prepare = self.model_state.prepare_attn
 
         def with_trees(input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
             return self._attach(prepare(input_batch, *args, **kwargs), input_batch)
 
-        runner.model_state.prepare_attn = with_trees
+        self.model_state.prepare_attn = with_trees
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then prepare compaction."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._prepare_moves()
+        if self.tree_config.budget and self.lora_config is None:  # adapters go by rows that the host knows
+            self.adaptive_verification = DraftSplit(
+                self.req_states,
+                self.input_buffers.query_start_loc,
+                self.model_state.num_new_sampled_tokens_per_step,
+                max_total_logits=get_max_chunk_logits(self.vocab_size),
+            )
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """As vLLM's; then read what the new requests ask of trees, and leave no tree in their slots."""
+        """As vLLM's; then read what the new requests ask of trees."""
         super().add_requests(scheduler_output)
-        runner: Any = self
         for new in scheduler_output.scheduled_new_reqs:
-            slot, params = runner.req_states.req_id_to_index[new.req_id], new.sampling_params
+            slot, params = self.req_states.req_id_to_index[new.req_id], new.sampling_params
             self.request_options[slot] = self._options(new.req_id, params)
-            self._depends_on_path[slot] = _depends_on_path(params) or bool(runner.model_config.logits_processors)
+            self._depends_on_path[slot] = _depends_on_path(params) or self._has_processors
 
     def _options(self, req_id: str, params: SamplingParams) -> RequestOptions:
         try:
@@ -115,6 +158,32 @@ class EagleTreeRunner:
             found = RequestOptions()
         # The scheduler makes bitmasks along a chain.
         return dataclasses.replace(found, topk=1) if params.structured_outputs is not None else found
+
+    def measure_costs(self) -> None:
+        """Find out what passes cost here, for the budget; takes seconds."""
+        if not self.tree_config.budget:
+            return
+        budget = measuring.measured(self)
+        if self.parallel_config.rank == 0:  # whose word the others get with what is scheduled
+            self.counting.budgeting = Budgeting(
+                budget, self.tree_config.num_draft_tokens, splits=self.adaptive_verification is not None
+            )
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, after a look at what has arrived of earlier steps and at what is planned."""
+        self.late.poll()
+        self.drafts = said(scheduler_output)
+        if isinstance(self.adaptive_verification, DraftSplit):
+            self.adaptive_verification.per_request = None if self.drafts is None else self.drafts.per_request
+        self.step = Step(
+            is_first=bool(scheduler_output.scheduled_new_reqs), num_trees=len(scheduler_output.scheduled_spec_decode_tokens)
+        )
+        self.mark("verify")
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def mark(self, stage: str) -> None:
+        """A stage of the step begins."""
+        self.step.marks.append((stage, self.late.mark()))
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """As vLLM's, which takes slots from consecutive positions: there the nodes belong. Then positions go by depth."""
@@ -128,30 +197,80 @@ class EagleTreeRunner:
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """As vLLM's; then the accepted paths' keys and values go to the slots of their positions."""
-        found = super().sample(hidden_states, input_batch, grammar_output)
-        self._late.poll()
-        self.tree_metrics.add("num_passes")
-        self.tree_metrics.counts["num_requests"] = input_batch.num_reqs
-        if input_batch.num_draft_tokens:
-            self._late.send(self._count, self.rejection_sampler.num_nodes, self.paths)
-            context_lens = input_batch.seq_lens[: input_batch.num_reqs].long() - input_batch.cu_num_logits.diff().long()
+        batch = input_batch
+        self.mark("accept")
+        found = super().sample(hidden_states, batch, grammar_output)
+        self.mark("compact")
+        if batch.num_draft_tokens:
+            slots, walked = batch.idx_mapping, self.rejection_sampler
+            self.counting.verified(
+                batch.req_ids, walked.num_nodes, walked.paths, found[0].sampled_token_ids, self.trees.token_ids[slots],
+                self.trees.parents[slots], self.trees.scores[slots],
+            )  # fmt: skip
+            context_lens = batch.seq_lens[: batch.num_reqs].long() - batch.cu_num_logits.diff().long()
             for group, moves in self._moves:
-                moves(self.block_tables.input_block_tables[group][: input_batch.num_reqs], context_lens, self.paths)
+                moves(self.block_tables.input_block_tables[group][: batch.num_reqs], context_lens, self.paths)
+        self.mark("first")
         return found
 
-    def _count(self, num_nodes: np.ndarray, paths: np.ndarray) -> None:
-        """Add a step's verifications to the counters."""
-        depths = np.arange(1, paths.shape[1] + 1)
-        for nodes, path in zip(num_nodes.tolist(), paths, strict=True):
-            if nodes > 1:
-                self.tree_metrics.count_verification(nodes - 1, int(np.count_nonzero(path)), len(num_nodes))
-        self.tree_metrics.add("num_moved", int(np.count_nonzero(paths > depths)))
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """As vLLM's, and count."""
+        state = self.execute_model_state
+        found = super().sample_tokens(grammar_output)
+        if state is not None:
+            batch = state.input_batch
+            self.step.num_reqs, self.step.num_tokens = batch.num_reqs, batch.num_tokens
+            self.step.num_prompt_tokens = int(batch.num_scheduled_tokens[batch.is_prefilling_np].sum())
+            self.counting.step(self.step)
+            if self.speculator.is_off:
+                say(found.model_runner_output, Drafts(0, 0))
+            elif self.counting.budgeting is not None:
+                say(found.model_runner_output, self.counting.budgeting.plan(batch.num_reqs))
+        return found
+
+    def drafted(self, batch: InputBatch, trees: Trees, depth: int) -> None:
+        """Count what was drafted."""
+        self.step.depth = depth
+        wanted = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+        self.counting.drafted(trees, depth, wanted)
+        off = sum(self.request_options[slot].num_draft_tokens == 0 for slot in batch.idx_mapping_np[wanted])
+        self.counting.metrics.count_decision("switched_off", off)
+        self.counting.metrics.count_decision("tree", int(wanted.sum()) - off)
+
+    def drafting_failed(self) -> None:
+        """Say so, once; from the next step on the scheduler is told to schedule no drafts."""
+        logger.exception(
+            "Drafting failed. Speculation is off until the server is started anew; answers go on, exact, one token per pass."
+        )
+        self.counting.metrics.add("num_drafting_errors")
+        self.counting.metrics.counts["speculation_off"] = 1
+
+    @torch.inference_mode()
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
+        """As vLLM's, while memory is held as in a step with trees, so that profiling leaves room for it.
+
+        vLLM takes one row of logits per request, [num_reqs, vocab]. A step with trees has one per node of all trees,
+        [most_nodes, vocab] in the model's type, until it ends; on top of them in turn a part of them in float32, and what ranking
+        the widest level of drafts takes.
+        """
+        most_nodes = min(self.max_num_tokens, self.max_num_reqs * (1 + self.tree_config.num_draft_tokens))
+        features = hidden_states.new_zeros(most_nodes, hidden_states.shape[-1])
+        # With adapters, logits want a real batch.
+        logits = (
+            self.model.compute_logits(features) if self.lora_config is None else features.new_zeros(most_nodes, self.vocab_size)
+        )
+        torch.empty(
+            min(most_nodes, get_max_chunk_logits(self.vocab_size)), self.vocab_size, dtype=torch.float32, device=self.device
+        )
+        super()._dummy_sampler_run(hidden_states)
+        most_rows = min(self.speculator.most_level_rows, self.max_num_reqs * self.tree_config.level_width)
+        level = torch.empty(most_rows * self.vocab_size, _BYTES_PER_DRAFT_LOGIT, dtype=torch.uint8, device=self.device)
+        del logits, level
 
     def _attach(self, metadata: dict[str, Any], batch: InputBatch) -> dict[str, Any]:
         """The target's layers get the batch's trees. Requests with drafts come first in vLLM's batches."""
         if not batch.num_draft_tokens:
             return metadata
-        runner: Any = self
         num_trees = int(np.count_nonzero(batch.num_draft_tokens_per_req))
         slots, cuts = batch.idx_mapping[:num_trees], batch.cu_num_logits[: num_trees + 1].long()
         first_rows, num_rows = batch.logits_indices[cuts[:-1]], cuts.diff()
@@ -160,49 +279,39 @@ class EagleTreeRunner:
         query_start_loc = torch.from_numpy(batch.query_start_loc_np[: batch.num_reqs + 1])
         ancestors = self.trees.ancestors[slots]
         with_trees: dict[int, Any] = {}
-        for groups in runner.attn_groups:
-            for group in groups:
-                for name in group.layer_names:
-                    if name in runner.speculator.draft_attn_layer_names:  # whose first pass is over chains
-                        continue
-                    shared = metadata[name]  # by layers of a group, the head's among them
-                    if id(shared) not in with_trees:
-                        with_trees[id(shared)] = own = dataclasses.replace(shared)
-                        rows = TreeRows(
-                            own.block_table[:num_trees], context_lens, first_rows, num_rows, first_rows, num_rows, ancestors
-                        )
-                        group.get_metadata_builder().attach_prefix(own, rows, query_start_loc, longest)
-                    metadata[name] = with_trees[id(shared)]
+        for group in (group for groups in self.attn_groups for group in groups):
+            for name in group.layer_names:
+                if name in self.speculator.draft_attn_layer_names:  # whose first pass is over chains
+                    continue
+                shared = metadata[name]  # by layers of a group, the head's among them
+                if id(shared) not in with_trees:
+                    with_trees[id(shared)] = own = dataclasses.replace(shared)
+                    rows = TreeRows(
+                        own.block_table[:num_trees], context_lens, first_rows, num_rows, first_rows, num_rows, ancestors
+                    )
+                    group.get_metadata_builder().attach_prefix(own, rows, query_start_loc, longest)
+                metadata[name] = with_trees[id(shared)]
         return metadata
 
     def _prepare_moves(self) -> None:
-        """Fill `_moves`: per group of caches, what moves (block table, context lengths, paths)."""
-        raise NotImplementedError
+        """Fill `_moves`: per group of caches, what moves (block table, context lengths, paths).
 
-    def _target_layers(self) -> Iterator[tuple[int, list[Attention]]]:
-        """Layers whose caches hold tree nodes, by group: together those whose caches have one shape."""
-        runner: Any = self
-        context = runner.compilation_config.static_forward_context
-        for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-            layers = [context[name] for name in group.layer_names if name not in runner.speculator.draft_attn_layer_names]
-            by_shape: dict[torch.Size, list[Attention]] = {}
-            for layer in {layer.kv_cache.data_ptr(): layer for layer in layers}.values():  # those that share a cache once
-                by_shape.setdefault(layer.kv_cache.shape, []).append(layer)
-            for alike in by_shape.values():
-                yield gid, alike
+        Raises:
+            ValueError: the caches' layout is none that compaction knows.
+        """
+        self._moves = []
+        for gid, layers in self._target_layers():
+            caches, block_size = Caches.of([layer.kv_cache for layer in layers]), self.block_tables.block_sizes[gid]
+            if caches.block_size != block_size:
+                raise ValueError(
+                    f"attention takes blocks of {caches.block_size} tokens where block_size is {block_size}: "
+                    f"set block_size (--block-size) to {caches.block_size}"
+                )
+            self._moves.append((gid, partial(move_accepted, caches)))
 
-
-class EagleTreeGPUModelRunner(EagleTreeRunner, GPUModelRunner):
-    """On CUDA. Not run on a GPU yet."""
-
-    def _prepare_moves(self) -> None:
-        from functools import partial
-
-        from vllm_eagle.ops.move_slots import Caches, move_accepted
-
-        self._moves = [
-            (gid, partial(move_accepted, Caches.of([layer.kv_cache for layer in layers]))) for gid, layers in self._target_layers()
-        ]
+    def _target_layers(self) -> Iterator[tuple[int, list[Any]]]:
+        layers = self.compilation_config.static_forward_context
+        return target_layers(self.kv_cache_config, layers, self.speculator.draft_attn_layer_names)
 
 
 def _depends_on_path(params: SamplingParams) -> bool:

@@ -6,42 +6,22 @@ processors, thinking budgets), the walk goes depth by depth: by_depth.py.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, _iter_request_chunks, get_max_chunk_logits
 
+from vllm_eagle.engine.v2.by_depth import walk_by_depth
+from vllm_eagle.engine.v2.rows import NodeRows, Walked, draw
 from vllm_eagle.engine.v2.slots import SlotTrees
 from vllm_eagle.ops.walk import walk
-
-
-@dataclass(slots=True, eq=False)
-class NodeRows:
-    """Requests of a batch, and the rows of logits of their nodes: those of a request side by side, the root's first."""
-
-    logits: torch.Tensor  # [num_rows, vocab]
-    slots: torch.Tensor  # [num_reqs] int64
-    slots_np: np.ndarray
-    slot_of_row: torch.Tensor  # [num_rows] int64
-    node_of_row: torch.Tensor  # [num_rows] int32
-    positions: torch.Tensor  # [num_rows] int64, of the rows' tokens: by depth
-    input_ids: torch.Tensor  # [num_rows] int32, the rows' tokens
-    first_rows: torch.Tensor  # [num_reqs] int64
-    longest_np: np.ndarray  # [num_reqs], bounds on the requests' lengths
-    token_ids: torch.Tensor  # [num_reqs, max_nodes] int64
-    parents: torch.Tensor  # [num_reqs, max_nodes] int64
-    num_nodes: torch.Tensor  # [num_reqs] int64
-
-
-Walked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as ops/walk.py: paths, emitted tokens, lengths
 
 
 class TreeSampler(RejectionSampler):
@@ -80,21 +60,36 @@ class TreeSampler(RejectionSampler):
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             lengths + 1, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, sampler.req_states.prefill_len.gpu
         )
-        logprobs = None
-        num_logprobs = sampler.sampling_states.max_num_logprobs(batch.idx_mapping_np)
-        if num_logprobs != NO_LOGPROBS:
-            # vLLM takes a request's i-th row for that of its i-th token.
-            rows = self._path_first(batch, logits.shape[0])
-            logprobs = self._get_logprobs_tensors(
-                emitted, num_sampled, logits[rows], batch.cu_num_logits, batch.cu_num_logits_np, num_logprobs
-            )
         return SamplerOutput(
             sampled_token_ids=emitted,
-            logprobs_tensors=logprobs,
-            num_nans=None,
+            logprobs_tensors=self._logprobs(logits, batch, emitted),
+            num_nans=self._num_nans(logits, batch) if sampler.compute_nans else None,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _logprobs(self, logits: torch.Tensor, batch: InputBatch, emitted: torch.Tensor) -> LogprobsTensors | None:
+        """Of the rows along the paths: vLLM takes a request's i-th row for that of its i-th token."""
+        dims = self.sampler.get_logprobs_dims(batch.idx_mapping_np)
+        if dims is None:
+            return None
+        most, most_token_ids = dims
+        places = batch.expanded_local_pos.long().clamp(max=emitted.shape[1] - 1)
+        return compute_topk_scores(
+            logits[self._path_first(batch, len(logits))],
+            most,
+            emitted[_request_of_row(batch, len(logits)), places].clamp(min=0),  # behind a path's end they are not looked at
+            batch.cu_num_logits.clone(),
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=batch.expanded_idx_mapping,
+            max_per_req_token_ids=most_token_ids,
+            logits_mode=self.sampler.logprobs_mode == "raw_logits",
+        )
+
+    @staticmethod
+    def _num_nans(logits: torch.Tensor, batch: InputBatch) -> torch.Tensor:
+        found = get_num_nans(logits)
+        return found.new_zeros(batch.num_reqs).index_add_(0, _request_of_row(batch, len(logits)), found)
 
     def _parts(self, logits: torch.Tensor, batch: InputBatch, invalid_drafts: torch.Tensor | None) -> Iterator[NodeRows]:
         """The batch, in as many parts as vLLM would cut it into so that logits in float32 fit its bound."""
@@ -107,9 +102,8 @@ class TreeSampler(RejectionSampler):
         token_ids, parents = self._trees.token_ids[slots], self._trees.parents[slots]
         rows, first_rows = batch.logits_indices, batch.cu_num_logits[:-1].long()
         if invalid_drafts is not None:
-            at = torch.arange(batch.num_reqs, device=logits.device).repeat_interleave(counts, output_size=len(rows))
             forbidden = torch.zeros_like(token_ids, dtype=torch.bool)
-            forbidden[at, batch.expanded_local_pos.long()] = invalid_drafts
+            forbidden[_request_of_row(batch, len(rows)), batch.expanded_local_pos.long()] = invalid_drafts
             token_ids = token_ids.masked_fill(forbidden, -1)
         most = get_max_chunk_logits(logits.shape[1])
         chunks = [(0, batch.num_reqs)] if len(logits) <= most else _iter_request_chunks(batch.cu_num_logits_np, most)
@@ -133,8 +127,6 @@ class TreeSampler(RejectionSampler):
 
     def _walk(self, part: NodeRows) -> Walked:
         if self._depends_on_path[part.slots_np].any():
-            from vllm_eagle.engine.v2.by_depth import walk_by_depth
-
             return walk_by_depth(self.sampler, part, self._max_depth)
         sampled = draw(self.sampler, part.logits, part, part.slot_of_row, part.node_of_row, part.positions, part.input_ids)
         targets = torch.zeros_like(part.token_ids)
@@ -153,28 +145,6 @@ class TreeSampler(RejectionSampler):
         return order
 
 
-def draw(
-    sampler: Sampler,
-    logits: torch.Tensor,  # [num_rows, vocab]
-    part: NodeRows,
-    slot_of_row: torch.Tensor,
-    place_of_row: torch.Tensor,
-    positions: torch.Tensor,
-    input_ids: torch.Tensor,
-    last: Any = slice(None),  # of which rows a token is wanted
-) -> torch.Tensor:  # [rows wanted] int64
-    """Tokens that plain decoding would sample after these rows, which vLLM's kernels take for chains, at these places."""
-    processed = sampler.apply_sampling_params(
-        logits, slot_of_row, part.slots, part.slots_np, positions, input_ids, place_of_row, part.longest_np
-    )
-    states = sampler.sampling_states
-    return gumbel_sample(
-        processed[last].contiguous(),
-        slot_of_row[last].contiguous(),
-        states.temperature.gpu,
-        states.seeds.gpu,
-        positions[last].contiguous(),
-        apply_temperature=False,
-        is_drafting=False,
-        use_fp64=sampler.use_fp64_gumbel,
-    )
+def _request_of_row(batch: InputBatch, num_rows: int) -> torch.Tensor:  # [num_rows] int64
+    counts = batch.cu_num_logits.diff().long()
+    return torch.arange(batch.num_reqs, device=counts.device).repeat_interleave(counts, output_size=num_rows)

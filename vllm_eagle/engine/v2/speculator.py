@@ -22,16 +22,24 @@ from vllm_eagle.algorithm.draft import Level, Limits, NoiseAt, Request, grow_poo
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.engine.draft_vocab import DraftLogits
 from vllm_eagle.engine.filters import Filters
+from vllm_eagle.engine.v2.counting import Counting, Step
+from vllm_eagle.engine.v2.drafts import Drafts
 from vllm_eagle.engine.v2.noise import coming_noise
 from vllm_eagle.engine.v2.slots import SlotTrees
-from vllm_eagle.ops.rerank import rerank
+from vllm_eagle.metrics.counters import Decision
+from vllm_eagle.ops.rerank import Trees, rerank
 from vllm_eagle.options.per_request import RequestOptions
+
+_MOST_LEVEL_ROWS = 2048  # 256 requests of 8; where there are more, levels are narrower
 
 
 class Owner(Protocol):
     """What the speculator asks of its runner."""
 
     trees: SlotTrees
+    counting: Counting
+    step: Step
+    drafts: Drafts | None
     request_options: list[RequestOptions]  # by slot
 
     @property
@@ -42,6 +50,15 @@ class Owner(Protocol):
     def paths(self) -> torch.Tensor:
         """[num_reqs, max_depth] int32, accepted nodes of this step, then zeros."""
 
+    def mark(self, stage: str) -> None:
+        """A stage of the step begins."""
+
+    def drafted(self, batch: InputBatch, trees: Trees, depth: int) -> None:
+        """These trees, of at most so many levels, are what the batch's requests will verify next."""
+
+    def drafting_failed(self) -> None:
+        """Nothing will be drafted any more; called where the exception is handled."""
+
 
 class TreeSpeculator(EagleSpeculator):
     """vLLM's EAGLE speculator with trees in place of chains."""
@@ -50,6 +67,8 @@ class TreeSpeculator(EagleSpeculator):
         super().__init__(vllm_config, device)
         self._config, self._owner = config, owner
         self.logits: DraftLogits  # once the model is loaded
+        self.is_off = False  # drafting has failed
+        self.is_measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
         self.use_acceptance_estimator = False  # vLLM's, for adaptive verification; it takes what was accepted for a chain
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -73,20 +92,46 @@ class TreeSpeculator(EagleSpeculator):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Draft one tree per request; returns the tokens [num_reqs, num_speculative_tokens] int64 of nodes 1..n, then zeros."""
-        if not dummy_run and input_batch.num_draft_tokens:
-            self._put_paths_first(input_batch, [last_hidden_states, *(aux_hidden_states or ())])
-        drafts = super().propose(
-            input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected,
-            last_sampled, *args, num_speculative_tokens=1, dummy_run=dummy_run, **kwargs,
-        )  # fmt: skip
+        """Draft one tree per request; returns the tokens [num_reqs, num_speculative_tokens] int64 of nodes 1..n, then zeros.
+
+        If it fails, speculation is switched off. Nothing that is emitted depends on drafting, so this is exact. With tensor
+        parallelism one rank cannot stop alone, while the others wait for it: the error ends the engine there.
+        """
+        most_nodes = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+
+        def first_pass() -> torch.Tensor:
+            return super(TreeSpeculator, self).propose(
+                input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected,
+                last_sampled, *args, num_speculative_tokens=1, dummy_run=dummy_run, **kwargs,
+            )  # fmt: skip
+
         if dummy_run:
-            return drafts
-        if num_speculative_tokens == 0:
-            self._owner.trees.clear(input_batch.idx_mapping)
-            return drafts
-        context_lens = (input_batch.seq_lens[: input_batch.num_reqs] - num_rejected).long()
-        return self._draft(input_batch, context_lens, last_sampled)
+            return self.draft_tokens[: input_batch.num_reqs] if self.is_measuring_target else first_pass()
+        if not self.is_off:
+            try:
+                if input_batch.num_draft_tokens:
+                    self._put_paths_first(input_batch, [last_hidden_states, *(aux_hidden_states or ())])
+                first_pass()
+                if most_nodes:
+                    context_lens = (input_batch.seq_lens[: input_batch.num_reqs] - num_rejected).long()
+                    return self._draft(input_batch, context_lens, last_sampled)
+            except Exception:
+                if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+                    raise
+                self.is_off = True
+                self._owner.drafting_failed()
+        return self._nothing(input_batch, "failed" if self.is_off else "budget")
+
+    def _nothing(self, batch: InputBatch, why: Decision) -> torch.Tensor:
+        """What is verified of a slot must be what was drafted for it."""
+        self._owner.trees.clear(batch.idx_mapping)
+        self._owner.counting.metrics.count_decision(why, batch.num_reqs)
+        return torch.zeros(batch.num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device)
+
+    @property
+    def most_level_rows(self) -> int:
+        """Nodes of a level of all trees: it must fit vLLM's input buffers, and the level's logits must fit the memory."""
+        return min(self.max_num_tokens, _MOST_LEVEL_ROWS)
 
     def _put_paths_first(self, batch: InputBatch, features: list[torch.Tensor]) -> None:
         """Move rows root, path of each request to the front of its rows: tokens, positions and the target's features."""
@@ -102,10 +147,15 @@ class TreeSpeculator(EagleSpeculator):
 
     def _draft(self, batch: InputBatch, context_lens: torch.Tensor, last_sampled: torch.Tensor) -> torch.Tensor:
         slots, num_reqs, most_nodes = batch.idx_mapping, batch.num_reqs, self.num_speculative_steps
-        states, options = self._owner.states, self._owner.request_options
+        room = self.most_level_rows // num_reqs
+        if room < (self._config.level_width if self._config.mode == "static" else 1):
+            return self._nothing(batch, "buffer_full")
+        states, options, drafts = self._owner.states, self._owner.request_options, self._owner.drafts
+        # While the plan says nothing, drafts that were scheduled before are still wanted: a level of them.
+        depth = self._config.depth_limit if drafts is None else max(1, drafts.depth)
         temperatures = states.temperature.np[batch.idx_mapping_np]
         requests = [
-            Request(0, min(most_nodes, asked.num_draft_tokens), float(temperature), asked.max_depth, asked.topk)
+            Request(0, min(most_nodes, asked.num_draft_tokens), float(temperature), min(asked.max_depth, depth), asked.topk)
             for asked, temperature in zip((options[slot] for slot in batch.idx_mapping_np), temperatures, strict=True)
         ]
         level_pass = self._level_pass(batch, context_lens)
@@ -116,12 +166,13 @@ class TreeSpeculator(EagleSpeculator):
             lambda level: filters(level_pass(level)),
             self._config,
             self._noise(batch) if self._config.coupled and temperatures.any() else None,
-            Limits(fixed_width=True),
+            Limits(widths=[room] * self._config.depth_limit, fixed_width=True),
             self.logits.token_ids,
         )
         roots = last_sampled[slots, 0]
         trees = rerank(roots, pool.tokens, pool.scores, pool.parents, pool.budgets, most_nodes + 1, self._config.depth_limit)
         self._owner.trees.store(slots, trees)
+        self._owner.drafted(batch, trees, depth)
         falling = trees.scores.where(torch.arange(most_nodes + 1, device=slots.device) < trees.num_nodes[:, None], -torch.inf)
         # Of these vLLM's adaptive verification takes running products: a node's score then is the chance of all before it.
         self.draft_token_confidence_probs[:num_reqs] = falling.diff(dim=1).exp().nan_to_num(0.0)
@@ -140,30 +191,38 @@ class TreeSpeculator(EagleSpeculator):
             levels.start(level)
             width = level.token_ids.shape[1]
             rows = num_reqs * width
+            if not self._owner.step.level_rows:
+                self._owner.mark("levels")
+            self._owner.step.level_rows.append(rows)
             parents = level.parent_rows[:, :, None].expand(-1, -1, hidden.shape[2])
             # A node beyond the model's length is never scheduled; its position only has to stay inside the rotary table.
             positions = (root_positions[:, None] + level.depth).clamp(max=self.max_model_len - 1)
             self.input_buffers.input_ids[:rows] = level.token_ids.flatten()
             self.input_buffers.positions[:rows] = positions.expand(-1, width).flatten()
             self.hidden_states[:rows] = hidden.gather(1, parents).flatten(0, 1)
-            with set_forward_context(
-                dict.fromkeys(self.draft_attn_layer_names, levels),
-                self.vllm_config,
-                num_tokens=rows,
-                slot_mapping={},  # keys and values of nodes are scratch: none is written to the cache
-                batch_descriptor=BatchDescriptor(num_tokens=rows),
-            ):
-                found = self.model(
-                    input_ids=self.input_buffers.input_ids[:rows],
-                    positions=self.input_buffers.positions[:rows],
-                    hidden_states=self.hidden_states[:rows],
-                    inputs_embeds=None,
-                )
-            last, fed_back = found if isinstance(found, tuple) else (found, found)
-            hidden = fed_back[:rows].view(num_reqs, width, -1)
-            return self.logits(last[:rows]).view(num_reqs, width, -1)
+            last, fed_back = self.run_head(rows, dict.fromkeys(self.draft_attn_layer_names, levels))
+            hidden = fed_back.view(num_reqs, width, -1)
+            return self.logits(last).view(num_reqs, width, -1)
 
         return run
+
+    def run_head(self, rows: int, metadata: dict[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the first rows of the input buffers: features for logits and features to feed back, [rows, hidden] each."""
+        with set_forward_context(
+            metadata,
+            self.vllm_config,
+            num_tokens=rows,
+            slot_mapping={},  # keys and values of nodes are scratch: none is written to the cache
+            batch_descriptor=BatchDescriptor(num_tokens=rows),
+        ):
+            found = self.model(
+                input_ids=self.input_buffers.input_ids[:rows],
+                positions=self.input_buffers.positions[:rows],
+                hidden_states=self.hidden_states[:rows],
+                inputs_embeds=None,
+            )
+        last, fed_back = found if isinstance(found, tuple) else (found, found)
+        return last[:rows], fed_back[:rows]
 
     @property
     def _cache_group(self) -> int:

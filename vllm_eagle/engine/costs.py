@@ -4,12 +4,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_eagle.budget.cost_curve import CostCurve
-from vllm_eagle.metrics.counters import STAGES, TreeMetrics
-
-logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 _ROUNDS = 3
 _LONGEST_S = 0.5  # a pass that takes longer is measured once, and is the last one; the curve goes on straight
@@ -56,35 +52,3 @@ def agreed(curve: CostCurve) -> CostCurve:
     points = (curve.points * int(number))[: int(number)]  # as many as the first rank has
     tokens, seconds = (agree([float(x) for x in each]) for each in zip(*points, strict=True))
     return CostCurve([int(x) for x in tokens], seconds)
-
-
-_PASS = [STAGES.index(stage) for stage in ("verify", "accept", "compact")]
-_DRAFT = STAGES.index("draft")
-
-
-class StepClock:
-    """How long the parts of a step took, for the budget."""
-
-    def __init__(self, metrics: TreeMetrics):
-        self._seconds = metrics.counts["stage_seconds"]
-        self._now = self._then = self._seconds.copy()
-        self._ended_s: float | None = None
-        self._gap_s = 0.0
-
-    def start_step(self) -> None:
-        """The engine begins a step; the last one ended with its drafting, unless it had nothing to run."""
-        if self._ended_s is None:
-            self._gap_s = 0.0
-        else:
-            self._gap_s, self._ended_s = time.perf_counter() - self._ended_s, None
-            self._then = self._now
-        self._now = self._seconds.copy()
-
-    def end_step(self) -> None:
-        """Drafting is done."""
-        self._ended_s = time.perf_counter()
-
-    def read(self) -> list[float]:
-        """Seconds before this step, of its pass until now, and of the last step's drafting."""
-        spent = self._seconds - self._now
-        return [self._gap_s, float(spent[_PASS].sum()), float((self._now - self._then)[_DRAFT])]

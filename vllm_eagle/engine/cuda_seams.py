@@ -1,0 +1,124 @@
+"""What we rely on in vLLM on CUDA alone; checked by seams.py. Triton is not installed beside the CPU wheel: imports wait."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu_worker import Worker
+
+FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+BUILD = "common_prefix_len common_attn_metadata fast_build"
+
+
+def of_attention() -> Iterator[tuple[Any, str, str, str]]:
+    """Of its backends."""
+    from vllm.v1.attention.backends import fa_utils, flash_attn, registry, triton_attn
+    from vllm.v1.attention.ops import merge_attn_states
+
+    yield registry, "register_backend", "class_path is_mamba", "attention/cuda.py"
+    yield fa_utils, "uses_fa4_hd256_kernel", "head_size_v", "attention/cuda.py"
+    for impl, builder, file in (
+        (flash_attn.FlashAttentionImpl, flash_attn.FlashAttentionMetadataBuilder, "attention/flash.py"),
+        (triton_attn.TritonAttentionImpl, triton_attn.TritonAttentionMetadataBuilder, "attention/cuda.py"),
+    ):
+        yield impl, "forward", FORWARD, file
+        yield impl, "fused_output_quant_supported", "quant_key", "attention/cuda.py"
+        yield builder, "build", BUILD, "attention/cuda.py"
+    yield (
+        merge_attn_states,
+        "merge_attn_states",
+        "prefix_output prefix_lse suffix_output suffix_lse output_lse prefill_tokens_with_context output_scale",
+        "attention/flash.py",
+    )
+
+
+def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
+    """Of the V2 runner, its sampler, speculator and scheduler."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.worker.gpu import async_utils, input_batch, model_runner
+    from vllm.v1.worker.gpu.metrics import logits
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.sample import gumbel, logprob, sampler
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+
+    file = "engine/v2/worker.py"
+    yield Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", file
+    yield Worker, "init_device", "", file
+    yield Worker, "_make_model_runner", "", file
+    yield Worker, "_maybe_activate_jit_monitor", "", file
+    runner, file = model_runner.GPUModelRunner, "engine/v2/runner.py"
+    yield runner, "__init__", "vllm_config device", file
+    yield runner, "load_model", "load_dummy_weights args model kwargs", file
+    yield runner, "initialize_kv_cache", "kv_cache_config is_profiling kv_cache_allocation_context", file
+    yield runner, "add_requests", "scheduler_output", file
+    yield runner, "prepare_inputs", "scheduler_output batch_req_state batch_desc num_active_loras", file
+    yield runner, "prepare_attn", "input_batch", file
+    yield runner, "_dummy_sampler_run", "hidden_states", file
+    yield (
+        runner,
+        "execute_model",
+        "scheduler_output intermediate_tensors dummy_run skip_attn_for_dummy_run is_profile context_len valid_dummy_state_slots "
+        "randomize_inputs",
+        file,
+    )
+    yield runner, "sample", "hidden_states input_batch grammar_output", file
+    yield runner, "sample_tokens", "grammar_output", file
+    yield (
+        DefaultModelState,
+        "prepare_attn",
+        "input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config for_capture ubatch_idx "
+        "model_specific_attn_metadata",
+        file,
+    )
+    yield model_runner, "sort_batch_req_ids", "draft_tokens decode_query_len", file
+    yield async_utils.AsyncOutput, "get_output", "", file
+    file = "engine/v2/sampler.py"
+    yield rejection_sampler.RejectionSampler, "__init__", "sampler spec_config device watermark_key", file
+    yield rejection_sampler.RejectionSampler, "__call__", "logits input_batch draft_logits invalid_drafts", file
+    yield rejection_sampler, "get_max_chunk_logits", "", file
+    yield rejection_sampler, "_iter_request_chunks", "max_chunk_logits", file
+    yield input_batch, "get_num_sampled_and_rejected", "seq_lens cu_num_logits idx_mapping prefill_len", file
+    yield sampler.Sampler, "get_logprobs_dims", "idx_mapping_np include_token_ids", file
+    yield (
+        logprob,
+        "compute_topk_scores",
+        "num_logprobs sampled_token_ids cu_num_logits logprob_token_ids_state expanded_idx_mapping max_per_req_token_ids "
+        "logits_mode",
+        file,
+    )
+    yield logits, "get_num_nans", "", file
+    file = "engine/v2/rows.py"
+    yield (
+        sampler.Sampler,
+        "apply_sampling_params",
+        "logits expanded_idx_mapping idx_mapping idx_mapping_np pos input_ids expanded_local_pos seq_lens_upper_bound_np "
+        "skip_top_k_top_p",
+        file,
+    )
+    yield (
+        gumbel,
+        "gumbel_sample",
+        "expanded_idx_mapping temperature seed pos apply_temperature is_drafting logits_cache logits_cache_col use_fp64 "
+        "logits_cache_source",
+        file,
+    )
+    file = "engine/v2/speculator.py"
+    yield EagleSpeculator, "__init__", "vllm_config device", file
+    yield (
+        EagleSpeculator,
+        "sample_draft",
+        "hidden_states sample_src_positions idx_mapping temperature seeds draft_step draft_logits spec_step_idx",
+        file,
+    )
+    yield (
+        EagleSpeculator,
+        "propose",
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected last_sampled "
+        "next_prefill_tokens temperature seeds dp_sync_state dummy_run skip_attn_for_dummy_run mm_inputs is_profile "
+        "num_speculative_tokens",
+        file,
+    )
+    file = "engine/v2/scheduler.py"
+    yield AsyncScheduler, "_update_after_schedule", "scheduler_output", file
+    yield Scheduler, "update_from_output", "scheduler_output model_runner_output", file
