@@ -33,9 +33,9 @@ def _findings() -> Iterator[Finding]:
     except ImportError as error:
         yield "FAIL", "import vllm", f"{error}; run: python -m vllm_eagle.bootstrap"
         return
-    known = seams.known_version()
-    if known is None:
-        yield "FAIL", "vllm version", seams.version_problem() or ""
+    known, problem = seams.known_version(), seams.version_problem()
+    if problem is not None or known is None:
+        yield "FAIL", "vllm version", problem or ""
     else:
         yield "ok", "vllm version", f"{vllm.__version__}; run with {known}: {seams.TESTED_VERSIONS[known]}"
     changed, bodies = seams.changed_seams(), seams.changed_bodies()
@@ -60,7 +60,8 @@ def _findings() -> Iterator[Finding]:
         yield (
             "note",
             "device",
-            f"{device}: draft trees were written for CUDA, no GPU has run them yet; first run: vllm-eagle gpu-check",
+            f"{device}: draft trees in vLLM's V2 model runner, run end to end on CPUs through Triton's interpreter, on no GPU yet; "
+            "first run: vllm-eagle gpu-check",
         )
     else:
         yield "FAIL", "device", f"{current_platform.device_name}: draft trees run on CPU and CUDA"

@@ -5,6 +5,7 @@ What works names the test that shows it; what is refused comes from the very rul
 
 from collections.abc import Iterator
 
+_INTERPRETED = "run on CPUs through Triton's interpreter, on no GPU yet"
 # Feature, remark, test.
 WORKS = (
     ("vllm serve, OpenAI routes", "answers equal those of a server without trees", "test_serve_requests"),
@@ -29,13 +30,17 @@ WORKS = (
     ("Granite, Qwen3-MoE, Phi3, SmolLM3, OLMo2", "EAGLE-1 and EAGLE-3 heads", "test_targets"),
     ("Gemma 2 without soft cap, Gemma 3, Cohere, Mixtral, Qwen2-MoE, GLM4", "EAGLE-1 heads", "test_targets"),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats are converted when they are served", "test_biased_head"),
+    ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
+    ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),
+    ("on CUDA: structured output", f"chains, as vLLM's scheduler masks them; {_INTERPRETED}", "test_v2"),
+    ("on CUDA: LoRA on the target", f"all requests have as many drafts; {_INTERPRETED}", "test_v2"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
 )
 OTHERWISE = (
     (
-        "CUDA",
+        "on CUDA: what the interpreter cannot show",
         "not run",
-        "vLLM's V1 runner, FLASH_ATTN, TRITON_ATTN or xformers (CUSTOM); no GPU has run it yet: vllm-eagle gpu-check",
+        "FLASH_ATTN, xformers (CUSTOM), tensor parallelism, quantized targets, sessions and CUDA graphs in CUDA's engine; any GPU",
     ),
     ("tensor-parallel ranks as Ray actors", "not run", "vLLM refuses them on CPUs; worker and scheduler go to them by name"),
     ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),

@@ -14,10 +14,11 @@ def ours(head: str, num_draft_tokens: int, **options: Any) -> dict[str, Any]:
     return {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: options}}
 
 
-def vllm_chain(head: str, num_draft_tokens: int) -> dict[str, Any]:
-    """vLLM's own EAGLE."""
+def vllm_chain(head: str, num_draft_tokens: int, adaptive: bool = False) -> dict[str, Any]:
+    """vLLM's own EAGLE; with `adaptive` it verifies as much of its chains as pays (on GPUs, with full CUDA graphs)."""
     folder, method = serve_head(head)
-    return {"speculative_config": {"method": method, "model": folder, "num_speculative_tokens": num_draft_tokens}}
+    settings = {"method": method, "model": folder, "num_speculative_tokens": num_draft_tokens}
+    return {"speculative_config": settings | ({"enable_adaptive_verification": True} if adaptive else {})}
 
 
 def vllm_ngram(num_draft_tokens: int) -> dict[str, Any]:

@@ -57,7 +57,10 @@ class Settings:
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Engine arguments by name; `trees` is what users get by default, `fixedN` trees of at most N nodes without the budget."""
+    """Engine arguments by name; `trees` is what users get by default, `fixedN` trees of at most N nodes without the budget.
+
+    Those of vLLM's chains that are `_adaptive` run on GPUs alone.
+    """
 
     own = partial(ours, settings.head, settings.num_draft_tokens)
     named: dict[str, dict[str, Any]] = {PLAIN: {}}
@@ -70,6 +73,7 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
     named["fixed"] = own(budget=False)
     named["trees"] = own()
     usual = list(named)
+    named |= {f"vllm_chain{size}_adaptive": vllm_chain(settings.head, size, adaptive=True) for size in (3, 5)}
     named |= {f"fixed{size}": ours(settings.head, size, budget=False) for size in _SWEEP}
     unknown = [name for name in settings.only or [] if name not in named]
     if unknown:
