@@ -316,7 +316,7 @@ def test_widths_limit_what_is_expanded() -> None:
     for head, widths in zip(heads, ([3, 3, 3, 3], [1, 2, 1, 1]), strict=True):
         (tree,) = grow([Request(9, 30)], head.root_logits(), head, config, limits=Limits(widths=widths, fixed_width=True))
         assert [len(level) for level in head.rows[0][1:]] == widths[:3]
-        assert (inner_nodes([tree], 4) <= widths).all()
+        assert (inner_nodes(tree.parents[None], tree.depths[None], np.array([tree.num_nodes]), 4) <= widths).all()
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static", "chain"])

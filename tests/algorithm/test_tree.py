@@ -44,7 +44,10 @@ def test_inner_nodes_are_those_with_children(batch: list[list[int]]) -> None:
     for parents in batch:
         for node in set(parents[1:]) - {0}:
             expected[reference.depth_of(parents, node) - 1] += 1
-    assert inner_nodes([tree_of(parents) for parents in batch], 24).tolist() == expected
+    widest = max(map(len, batch)) + 2
+    padded = np.array([parents + [0] * (widest - len(parents)) for parents in batch])
+    found = inner_nodes(padded, node_depths(padded), np.array([len(parents) for parents in batch]), 24)
+    assert found.tolist() == expected
 
 
 @given(parent_lists(), st.data())

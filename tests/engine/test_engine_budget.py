@@ -10,13 +10,10 @@ from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
 from tests.tiers import some
-from vllm_eagle.algorithm import draft
-from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.budget.budget import Budget, Plan
 from vllm_eagle.engine.v1 import proposer
 from vllm_eagle.engine.v1.cpu_runner import EagleTreeCPUModelRunner
-from vllm_eagle.engine.v1.planning import DraftPlanning
 from vllm_eagle.engine.v1.proposer import DraftPlan
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 
@@ -48,27 +45,6 @@ def depths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], int]], 
 def test_tokens_are_the_same_with_the_budget(expected: list[list[list[int]]], head: Path) -> None:
     with engine(TARGET, **ONE_STEP, **trees(head, budget=True)) as llm:
         assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
-
-
-def test_tokens_are_the_same_with_levels_of_fixed_width(
-    expected: list[list[list[int]]], depths: Callable[[Callable[[int], int]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU: how wide levels are is known before them, from trees of earlier steps."""
-    depths(lambda step: 8)  # whatever pays on this machine
-    widths: list[list[int]] = []
-
-    def grow(*args: Any, **kwargs: Any) -> list[DraftTree]:
-        assert args[-1].fixed_width
-        widths.append(args[-1].widths)
-        return draft.grow(*args, **kwargs)
-
-    monkeypatch.setattr(proposer, "grow", grow)
-    monkeypatch.setattr(DraftPlanning, "_fixed_width", True)
-    with engine(TARGET, **ONE_STEP, **trees(HEAD, budget=True)) as llm:
-        assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
-        assert tree_stats(llm)["num_accepted"] > 20
-    assert widths[0] == [8] * 8  # nothing was seen
-    assert 1 <= min(widths[-1]) < 8
 
 
 def test_tokens_are_the_same_when_drafting_stops_and_goes(

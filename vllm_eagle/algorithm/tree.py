@@ -121,10 +121,15 @@ def depths_of(trees: Sequence[DraftTree]) -> list[IntArray]:
     return [depths[: tree.num_nodes] for depths, tree in zip(node_depths(parents), trees, strict=True)]
 
 
-def inner_nodes(trees: Sequence[DraftTree], depth_limit: int) -> IntArray:
-    """How many nodes of all trees have children, by depth from 1: [depth_limit] int64."""
-    inner = [depths[np.unique(tree.parents[1:])] for tree, depths in zip(trees, depths_of(trees), strict=True)]
-    return np.bincount(np.concatenate(inner), minlength=depth_limit + 1)[1 : depth_limit + 1]
+def inner_nodes(parents: IntArray, depths: IntArray, num_nodes: IntArray, depth_limit: int) -> IntArray:
+    """How many nodes of all trees have children, by depth from 1: [depth_limit] int64.
+
+    Parents and depths are [num_trees, max_nodes], of which the first `num_nodes` [num_trees] count.
+    """
+    is_node = np.arange(parents.shape[1]) < num_nodes[:, None]
+    has_children = np.zeros_like(is_node)
+    np.put_along_axis(has_children, np.where(is_node, parents, 0), True, axis=1)
+    return np.bincount(depths[has_children], minlength=depth_limit + 1)[1 : depth_limit + 1]
 
 
 def node_depths(parents: IntArray) -> IntArray:

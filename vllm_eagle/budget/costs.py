@@ -49,11 +49,6 @@ class Costs:
         runs = np.minimum.accumulate(self._runs)[1:]  # no level without the one above
         return np.append(0.0, (runs * self.head(num_requests * self._rows[1:])).cumsum())
 
-    def levels_share(self, first_rows: int, rows: Sequence[int]) -> float:
-        """Of the seconds of drafting, what the passes over levels are likely to take, where only the whole can be measured."""
-        first_s, levels_s = self.first_s + float(self.committed(np.array(first_rows))), float(self.head(np.array([*rows])).sum())
-        return levels_s / (first_s + levels_s)
-
     def saw_pass(self, seconds: float, num_tokens: int, num_trees: int) -> None:
         """A target pass over so many tokens, without prompts, took `seconds`; so many requests had drafts in it."""
         if not num_trees:

@@ -12,6 +12,7 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
 from vllm_eagle.engine.v2.budgeting import Budgeting
@@ -25,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 
 def budgeting(target: list[float], head: list[float], splits: bool = True) -> Budgeting:
     curves = (CostCurve([2**i for i in range(len(curve))], curve) for curve in (target, head))
-    return Budgeting(Budget(*curves, 8, 4), 8, splits)
+    return Budgeting(Budget(*curves, 8, 4), TreeConfig(8, max_depth=4), splits)
 
 
 CHEAP, DEAR = [0.01] * 7, [10.0] * 7
@@ -35,7 +36,8 @@ FLAT, STEEP = [1.0] * 7, [1.0, 1.9, 3.7, 7.3, 14.5, 29.0, 58.0]
 def drafted(found: Budgeting, number: int = 2) -> None:
     """Chains of three likely nodes and one that is not."""
     scores = np.tile(np.array([0.0, -0.05, -0.1, -0.15, -6.0], dtype=np.float32), (number, 1))
-    found.drafted(4, number, np.full(number, 5), scores, np.tile(np.arange(5), (number, 1)))
+    depths = np.tile(np.arange(5), (number, 1))
+    found.drafted(4, np.full(number, 5), scores, depths, (depths - 1).clip(min=0))
 
 
 @pytest.mark.parametrize("splits", [True, False])
@@ -48,7 +50,8 @@ def test_what_pays_is_drafted_and_what_does_not_is_not(splits: bool) -> None:
     plans = [cheap.plan(2) for _ in range(20)]
     assert sum(plan.depth >= 3 for plan in plans) > 15
     assert {(plan.most, plan.per_request) for plan in plans if plan.depth} == {(8 if splits else 4, 4.0)}
-    assert sum(dear.plan(2) == Drafts(0, 0, 0.0) for _ in range(20)) > 15
+    assert {plan.widths for plan in plans if plan.depth} == {(2, 2, 2, 8)}  # twice a chain's; the last level has no children
+    assert sum(dear.plan(2) == Drafts(0, 0, None, dear._per_request) for _ in range(20)) > 15
 
 
 def test_nodes_that_are_not_worth_their_place_are_not_counted() -> None:
@@ -74,8 +77,8 @@ def test_what_was_accepted_teaches_what_to_expect() -> None:
 @pytest.mark.parametrize("output", [ModelRunnerOutput([], {}), SchedulerOutput.make_empty()], ids=lambda x: type(x).__name__)
 def test_what_is_said_goes_to_other_processes(output: Any) -> None:
     assert said(output) is None
-    say(output, Drafts(5, 3, 1.5))
-    assert said(pickle.loads(pickle.dumps(output))) == Drafts(5, 3, 1.5)  # as vLLM sends it
+    say(output, Drafts(5, 3, (4, 2), 1.5))
+    assert said(pickle.loads(pickle.dumps(output))) == Drafts(5, 3, (4, 2), 1.5)  # as vLLM sends it
 
 
 @needs_triton

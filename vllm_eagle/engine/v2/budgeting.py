@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.algorithm.tree import inner_nodes
 from vllm_eagle.budget.budget import Budget, Plan
 from vllm_eagle.engine.v2.drafts import Drafts
 
@@ -16,11 +18,14 @@ from vllm_eagle.engine.v2.drafts import Drafts
 class Budgeting:
     """Of one engine."""
 
-    def __init__(self, budget: Budget, num_draft_tokens: int, splits: bool):
+    def __init__(self, budget: Budget, config: TreeConfig, splits: bool):
         """`splits`: whether a batch's drafts are split between requests by score (split.py); else all have as many."""
-        self._budget, self._num_draft_tokens, self._splits = budget, num_draft_tokens, splits
+        self._budget, self._splits, self._depth_limit = budget, splits, config.depth_limit
+        self._num_draft_tokens, self._children = config.num_draft_tokens, config.children
         self._plan = Plan(0)
-        self._per_request = float(num_draft_tokens)  # nodes that were worth their place, of the trees that were last looked at
+        self._per_request = float(
+            config.num_draft_tokens
+        )  # nodes that were worth their place, of the trees that were last looked at
 
     def verified(self, num_nodes: np.ndarray, paths: np.ndarray, scores: np.ndarray) -> None:
         """Trees with so many nodes [num_reqs], roots included, were scored; paths [num_reqs, max_depth] were accepted of them."""
@@ -31,14 +36,16 @@ class Budgeting:
         if is_node.any():
             self._budget.calibration.update(scores[is_node], accepted[is_node])
 
-    def drafted(self, depth: int, num_reqs: int, num_nodes: np.ndarray, scores: np.ndarray, depths: np.ndarray) -> None:
-        """So many levels were drafted for some requests of a batch of `num_reqs`: their trees, [num_trees, max_nodes] each."""
+    def drafted(self, depth: int, num_nodes: np.ndarray, scores: np.ndarray, depths: np.ndarray, parents: np.ndarray) -> None:
+        """So many levels were drafted for the requests that decode: their trees, [num_reqs, max_nodes] each."""
+        inner = inner_nodes(parents, depths, num_nodes, self._depth_limit)
+        self._budget.profile.saw_trees(inner / len(num_nodes), depth)
         own = [slice(1, int(number)) for number in num_nodes]
         counts = self._budget.keep(
             [row[part] for row, part in zip(scores, own, strict=True)],
             [row[part] for row, part in zip(depths, own, strict=True)],
             depth,
-            num_reqs,
+            len(num_nodes),
         )
         self._per_request = sum(counts) / max(1, len(counts))
 
@@ -58,7 +65,8 @@ class Budgeting:
         """For the steps to come, with so many requests that decode."""
         self._plan = self._budget.plan(max(1, num_decoding))
         if self._plan.depth == 0:
-            return Drafts(0, 0, 0.0)
+            return Drafts(0, 0, None, self._per_request)  # of what is drafted already, the best
         # Some have more than the others; and what is scheduled bounds how fast trees may grow again.
         most = math.ceil(2 * self._per_request) + 2 if self._splits else max(1, math.ceil(self._per_request))
-        return Drafts(min(self._num_draft_tokens, most), self._plan.depth, self._per_request)
+        widths = tuple(self._budget.profile.widths(self._children))
+        return Drafts(min(self._num_draft_tokens, most), self._plan.depth, widths, self._per_request)

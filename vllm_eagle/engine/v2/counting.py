@@ -95,13 +95,13 @@ class Counting:
 
     def drafted(self, trees: Trees, depth: int, wanted: np.ndarray) -> None:
         """A step has drafted these trees, of at most so many levels; `wanted` [num_reqs] bool: not those amid prompts."""
-        self._late.send(partial(self._add_drafted, depth, wanted), trees.num_nodes, trees.scores, trees.depths)
+        self._late.send(partial(self._add_drafted, depth, wanted), trees.num_nodes, trees.scores, trees.depths, trees.parents)
 
     def _add_drafted(self, depth: int, wanted: np.ndarray, *trees: np.ndarray) -> None:
-        num_nodes, scores, depths = (values[wanted] for values in trees)
+        num_nodes, scores, depths, parents = (values[wanted] for values in trees)
         self.metrics.add("num_drafted", int((num_nodes - 1).sum()))
         if self.budgeting is not None and len(num_nodes):
-            self.budgeting.drafted(depth, len(num_nodes), num_nodes, scores, depths)
+            self.budgeting.drafted(depth, num_nodes, scores, depths, parents)
 
     def step(self, step: Step) -> None:
         """A step has been launched, to its end."""

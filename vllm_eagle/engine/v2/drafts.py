@@ -15,6 +15,7 @@ class Drafts:
 
     most: int  # drafts that a request may have scheduled; 0: nothing is drafted
     depth: int  # levels
+    widths: tuple[int, ...] | None = None  # most nodes to expand per request at depth 1, 2, ...
     per_request: float | None = None  # drafts that a request has on the average, split by score; None: all that are scheduled
 
 

@@ -165,9 +165,7 @@ class EagleTreeRunner(GPUModelRunner):
             return
         budget = measuring.measured(self)
         if self.parallel_config.rank == 0:  # whose word the others get with what is scheduled
-            self.counting.budgeting = Budgeting(
-                budget, self.tree_config.num_draft_tokens, splits=self.adaptive_verification is not None
-            )
+            self.counting.budgeting = Budgeting(budget, self.tree_config, splits=self.adaptive_verification is not None)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, after a look at what has arrived of earlier steps and at what is planned."""

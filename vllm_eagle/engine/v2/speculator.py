@@ -153,6 +153,8 @@ class TreeSpeculator(EagleSpeculator):
         states, options, drafts = self._owner.states, self._owner.request_options, self._owner.drafts
         # While the plan says nothing, drafts that were scheduled before are still wanted: a level of them.
         depth = self._config.depth_limit if drafts is None else max(1, drafts.depth)
+        planned = None if drafts is None else drafts.widths
+        widths = [self._config.children] * self._config.depth_limit if planned is None else planned
         temperatures = states.temperature.np[batch.idx_mapping_np]
         requests = [
             Request(0, min(most_nodes, asked.num_draft_tokens), float(temperature), min(asked.max_depth, depth), asked.topk)
@@ -166,7 +168,7 @@ class TreeSpeculator(EagleSpeculator):
             lambda level: filters(level_pass(level)),
             self._config,
             self._noise(batch) if self._config.coupled and temperatures.any() else None,
-            Limits(widths=[room] * self._config.depth_limit, fixed_width=True),
+            Limits(widths=[min(room, width) for width in widths], fixed_width=True),
             self.logits.token_ids,
         )
         roots = last_sampled[slots, 0]
