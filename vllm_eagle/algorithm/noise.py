@@ -3,7 +3,8 @@
 vLLM's sampler on CPU draws one integer seed per row and position and takes `argmax(logits / T + gumbel(seed, token))`, where the
 noise of a token is a hash of (seed, token). A request's generator is thus a stream of seeds, one per emitted token. Looking
 ahead in that stream tells the drafter which noise the target will use at each coming position, whatever token stands before it.
-On GPUs it is a stream of rows of noise: algorithm/noise_rows.py.
+With `use_fp64_gumbel` it is a stream of rows of noise: algorithm/noise_rows.py. (vLLM's V2 runner has a hash of seed, position and
+token instead: engine/v2/noise.py.)
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Sampling noise per position where vLLM's sampler fills a whole row from a request's generator: on GPUs.
+"""Sampling noise per position where vLLM's sampler fills a whole row from a request's generator: with `use_fp64_gumbel`.
 
 There vLLM takes `argmax(p / q)` with q a row of exponential noise, one number per token. That is `argmax(logits / T - log q)`, and
 `-log q` follows the Gumbel distribution: the same rule as on CPU (noise.py) with another source. A request's generator is a stream

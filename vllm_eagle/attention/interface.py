@@ -1,7 +1,8 @@
 """What the engine asks of a device's attention. One file per device implements it: cpu.py, cuda.py.
 
-- The metadata builder takes the trees of a verification pass: `attach(metadata, batch)` divides the rows of the metadata that it
-  has built into those of the batch's trees and the rest.
+- The metadata builder takes the trees of a verification pass and divides the rows of the metadata that it has built into those of
+  trees and the rest: `attach(metadata, batch)` from the host, in vLLM's V1 runner on CPUs; `attach_prefix(metadata, trees, ...)`
+  from the device, of the first requests of a batch, in its V2 runner.
 - The implementation says whether its layer can run trees: `TreeAttention`.
 - The head's passes over tree levels get metadata of their own instead of what the builder makes: `levels.DraftLevels`.
 
