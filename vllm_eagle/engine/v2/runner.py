@@ -172,6 +172,7 @@ class EagleTreeRunner(GPUModelRunner):
         self.late.poll()
         self.drafts = said(scheduler_output)
         if isinstance(self.adaptive_verification, DraftSplit):
+            self.adaptive_verification.has_drafted = False
             self.adaptive_verification.per_request = None if self.drafts is None else self.drafts.per_request
         self.step = Step(
             is_first=bool(scheduler_output.scheduled_new_reqs), num_trees=len(scheduler_output.scheduled_spec_decode_tokens)
@@ -229,6 +230,8 @@ class EagleTreeRunner(GPUModelRunner):
     def drafted(self, batch: InputBatch, trees: Trees, depth: int) -> None:
         """Count what was drafted."""
         self.step.depth = depth
+        if isinstance(self.adaptive_verification, DraftSplit):
+            self.adaptive_verification.has_drafted = True
         wanted = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
         self.counting.drafted(trees, depth, wanted)
         off = sum(self.request_options[slot].num_draft_tokens == 0 for slot in batch.idx_mapping_np[wanted])

@@ -22,11 +22,13 @@ class DraftSplit(AdaptiveVerificationManager):
 
     Attributes:
         per_request: nodes that a request has on the average in the coming step, roots left out; None: all that are scheduled.
+        has_drafted: whether the step that ends has drafted, so that there are new confidences.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.per_request: float | None = None
+        self.has_drafted = False
         self._confidence_probs.fill_(1.0)
 
     def add_request(self, req_idx: int) -> None:
@@ -42,7 +44,8 @@ class DraftSplit(AdaptiveVerificationManager):
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: InputBatch) -> None:
         """Chances [num_reqs, num_steps] of each node if those before it in its tree's order are accepted; their product falls."""
-        self._confidence_probs[input_batch.idx_mapping] = confidence_probs[: input_batch.num_reqs]
+        if self.has_drafted:
+            self._confidence_probs[input_batch.idx_mapping] = confidence_probs[: input_batch.num_reqs]
 
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Tokens of the batch once its drafts are as many as planned, or as logits in one piece allow."""
