@@ -94,7 +94,8 @@ def test_requests_of_all_kinds(
     assert found.stats["tau"] > (1.7 if not patches else 1.5)
     assert found.stats["num_moved"] > (0 if options.get("mode") != "chain" else -1)  # branches were accepted
     sizes = {size for size, number in enumerate(found.stats["trees_of_size"]) if number}
-    assert (sizes > {8} and len(sizes) > 3) if patches else sizes == {8} or options.get("mode") == "static"
+    assert max(sizes) == 8
+    assert not patches or len(sizes) > 3
     # A step waits for nothing: what is read is on the host already, bounds on lengths and where the rows of requests begin.
     if attention == "triton":  # the test bed moves slots of CPU attention itself
         assert {line.rpartition(":")[0] for line in found.stats["host_reads"]} <= HOST_VALUES
