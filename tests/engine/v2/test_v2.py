@@ -33,8 +33,10 @@ HOST_VALUES = {
 }
 
 
-# What a step does that neither verifies nor drafts, beside what vLLM's functions do; the last one where a request comes.
+# What a step does that neither verifies nor drafts, beside what vLLM's functions do: where a request comes, add_request; and a look
+# at copies that earlier steps sent to the host.
 IDLE = {
+    "engine/v2/late.py <genexpr>",
     "engine/v2/speculator.py sample_draft",
     "engine/v2/speculator.py _nothing",
     "engine/v2/slots.py clear",
