@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.tiers import some
+from vllm_eagle.train.features.finish import Finish
 from vllm_eagle.train.head import cross_entropy as module
 from vllm_eagle.train.head.cross_entropy import CrossEntropy, cross_entropy, likeliest
 
 POSITIONS, HIDDEN, VOCAB, STEPS = 23, 16, 50, 3
+PLAIN = Finish()
 
 
 def whole(
@@ -19,12 +21,14 @@ def whole(
     predicted: list[torch.Tensor],
     head_weights: list[torch.Tensor],
     weights: torch.Tensor,
+    target_finish: Finish,
+    head_finish: Finish,
 ) -> CrossEntropy:
     """With all tensors of positions x vocabulary."""
-    target = truth @ target_weight.T
+    target = target_finish(truth @ target_weight.T)
     losses, drafts = [], []
     for step, own in enumerate(predicted):
-        scores = own @ head_weights[step % len(head_weights)].T
+        scores = head_finish(own @ head_weights[step % len(head_weights)].T)
         losses.append((weights[step] * -(target.softmax(-1) * scores.log_softmax(-1)).sum(-1)).sum())
         drafts.append(scores.argmax(-1))
     return CrossEntropy(torch.stack(losses).sum(), torch.stack(losses), torch.stack(drafts), target.argmax(-1))
@@ -47,11 +51,18 @@ def inputs(num_weights: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Ten
 
 @pytest.mark.parametrize("chunk", [1, 7 * VOCAB, 1 << 24], ids=["one position", "seven", "all"])
 @pytest.mark.parametrize("num_weights", [1, STEPS])
-def test_loss_and_gradients_are_those_of_the_whole(num_weights: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "finishes",
+    [(PLAIN, PLAIN), (Finish(0.125), Finish(0.125)), (Finish(0.5, 3.0), Finish(0.5, 3.0)), (Finish(cap=5.0), PLAIN)],
+    ids=["plain", "scaled", "capped and scaled", "capped, the head not"],
+)
+def test_loss_and_gradients_are_those_of_the_whole(
+    finishes: tuple[Finish, Finish], num_weights: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_CHUNK", chunk)
     truth, target_weight, predicted, head_weights, weights = inputs(num_weights)
     leaves = [*predicted, *head_weights]
-    expected, found = (f(truth, target_weight, predicted, head_weights, weights) for f in (whole, cross_entropy))
+    expected, found = (f(truth, target_weight, predicted, head_weights, weights, *finishes) for f in (whole, cross_entropy))
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
     # What comes after the loss scales its gradient.

@@ -61,7 +61,7 @@ def test_loss_and_accuracy_over_a_vocabulary(target_path: Path, data: Path, tmp_
     assert isinstance(head, EagleHead)
     head.limit_to(torch.tensor([3, 7]))
     weights = LossWeights(regression=0, classification=1, noise=0)
-    objective = Objective(head, target.lm_head, weights)
+    objective = Objective(head, target.lm_head, weights, target.finish)
     token_ids = torch.tensor([[1, 2, 3, 7, 9, 11]])
     mask, features = torch.ones_like(token_ids, dtype=torch.bool), target.features(token_ids)
     found = objective(token_ids, mask, features)

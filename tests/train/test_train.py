@@ -24,7 +24,8 @@ from vllm_eagle.evaluate.accuracy import measure_accuracy
 from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.pair import TARGET, TRAINING_ANSWERS
 from vllm_eagle.train.data.examples import Example
-from vllm_eagle.train.features.target import Features, FrozenTarget, default_aux_layers
+from vllm_eagle.train.features.finish import Finish
+from vllm_eagle.train.features.target import Features, FrozenTarget, default_aux_layers, head_config
 from vllm_eagle.train.head.files import load_head, save_head
 from vllm_eagle.train.head.layer import Memory
 from vllm_eagle.train.head.models import Eagle3Head, Head, aux_layers
@@ -126,7 +127,7 @@ def test_unrolled_rows_are_chains_drafted_one_by_one(target: FrozenTarget, metho
 def test_gradients_reach_the_head_only(target: FrozenTarget, method: str) -> None:
     token_ids = torch.randint(2, VOCAB, (2, 16), generator=torch.Generator().manual_seed(4))
     head = head_for(target, method, token_ids)
-    objective = Objective(head, target.lm_head, DEFAULT_WEIGHTS[method])
+    objective = Objective(head, target.lm_head, DEFAULT_WEIGHTS[method], target.finish)
     outcome = objective(
         token_ids, torch.ones_like(token_ids, dtype=torch.bool), target.features(token_ids, aux_layers(head.config))
     )
@@ -143,7 +144,7 @@ def test_head_overfits_one_batch(target: FrozenTarget, method: str) -> None:
     if isinstance(head, Eagle3Head):  # the likeliest tokens of a random target are not those of the data
         head = Eagle3Head(_with(head.config, draft_vocab_size=VOCAB), target.embed)
     weights = replace(DEFAULT_WEIGHTS[method], noise=0.0, num_steps=min(2, DEFAULT_WEIGHTS[method].num_steps))
-    objective = Objective(head, target.lm_head, weights)
+    objective = Objective(head, target.lm_head, weights, target.finish)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.0)
     features = target.features(token_ids, aux_layers(head.config))
     mask = torch.ones_like(token_ids, dtype=torch.bool)
@@ -166,7 +167,7 @@ def _with(config: object, **changes: object) -> object:
 def test_loss_counts_answers_only(target: FrozenTarget) -> None:
     token_ids = torch.randint(2, VOCAB, (1, 10), generator=torch.Generator().manual_seed(6))
     head = head_for(target, "eagle", token_ids)
-    objective = Objective(head, target.lm_head, LossWeights(noise=0.0, num_steps=3)).eval()
+    objective = Objective(head, target.lm_head, LossWeights(noise=0.0, num_steps=3), target.finish).eval()
     mask = torch.zeros_like(token_ids, dtype=torch.bool)
     mask[0, [0, 1, 2, 8]] = True  # token 0 is never predicted, token 1 comes from the target; 2 and 8 can be drafted
     features = target.features(token_ids)
@@ -419,27 +420,39 @@ def test_features_are_what_vllm_gives_to_heads(target: FrozenTarget) -> None:
     assert [default_aux_layers(n) for n in (32, 6, 4)] == [[2, 16, 29], [1, 3, 5], [1, 2, 3]]
 
 
-def test_targets_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+def test_targets_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
     capped = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.05)
     Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "gemma2")
-    with pytest.raises(ValueError, match="scales or caps its logits"):
+    assert FrozenTarget(tmp_path / "gemma2", torch.float32).finish == Finish(cap=0.05)
+    monkeypatch.setattr(Finish, "of", lambda config: Finish())  # as if the config did not say so
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM computes its logits otherwise"):
         FrozenTarget(tmp_path / "gemma2", torch.float32)
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
-    from transformers import GlmConfig
-
-    GlmConfig(**sizes, num_key_value_heads=1, head_dim=16).save_pretrained(tmp_path / "glm")
-    with pytest.raises(ValueError, match="glm rotates only a part of each head"):
-        FrozenTarget(tmp_path / "glm", torch.float32)
-    with pytest.raises(ValueError, match=r"gpt2 lacks .*rms_norm_eps"):
+    with pytest.raises(ValueError, match=r"gpt2 lacks intermediate_size"):
         FrozenTarget(tmp_path / "gpt2", torch.float32)
     T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="t5 is an encoder-decoder"):
         FrozenTarget(tmp_path / "t5", torch.float32)
     with pytest.raises(ValueError, match=r"target .*nowhere"):
         FrozenTarget(tmp_path / "nowhere", torch.float32)
+
+
+def test_a_heads_rotary_embedding_is_as_much_of_the_targets_as_a_llama_layer_can_have() -> None:
+    from transformers import CohereConfig, Gemma3TextConfig, Glm4Config, LlamaConfig
+
+    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"original_max_position_embeddings": 8192}
+    assert head_config(LlamaConfig(rope_parameters=dict(llama3))).rope_parameters == llama3
+    of_a_part = Glm4Config(
+        pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}
+    )
+    assert head_config(of_a_part).rope_parameters == {"rope_type": "default", "rope_theta": 2e4}
+    both = Gemma3TextConfig()
+    assert head_config(both).rope_parameters["rope_theta"] == both.rope_parameters["full_attention"]["rope_theta"] == 1e6
+    assert head_config(CohereConfig(layer_norm_eps=3e-5)).rms_norm_eps == 3e-5
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])
@@ -453,7 +466,7 @@ def test_heads_for_other_families(tmp_path: Path, family: str) -> None:
     token_ids = torch.randint(2, 64, (2, 12), generator=torch.Generator().manual_seed(7))
     for method in ("eagle", "eagle3"):
         head = head_for(target, method, token_ids) if method == "eagle" else _small_eagle3(target, token_ids)
-        objective = Objective(head, target.lm_head, DEFAULT_WEIGHTS[method])
+        objective = Objective(head, target.lm_head, DEFAULT_WEIGHTS[method], target.finish)
         features = target.features(token_ids, aux_layers(head.config))
         assert objective(token_ids, torch.ones_like(token_ids, dtype=torch.bool), features).loss.isfinite()
 

@@ -157,7 +157,7 @@ def _count_uncertainty(total: Accuracy, target: FrozenTarget, read: Read, first:
         hits = (first[i, start - 1 : end - 1] == truth).tolist()
         certainty: list[float] = []
         for some in read.features.last[i, start:end].split(ROWS):
-            logs = (target.lm_head(some).float() / (temperature or 1.0)).log_softmax(-1)
+            logs = (target.logits(some) / (temperature or 1.0)).log_softmax(-1)
             total.entropy += float(-(logs.exp() * logs).sum())
             certainty += logs.amax(-1).exp().tolist()
         total.certainty += sum(certainty)

@@ -69,7 +69,7 @@ def _decode(
         hidden = target.decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        logits = target.lm_head(hidden).float()
+        logits = target.logits(hidden)
         if temperature > 0:
             logits = logits / temperature + gumbel(seeds[:, column].to(device), logits.shape[1])
         ids = logits.argmax(-1, keepdim=True)

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_eagle.train.features.finish import Finish
+
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+
 
 @dataclass(frozen=True, slots=True)
 class Features:
@@ -45,14 +49,16 @@ class FrozenTarget:
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         lm_head = self.model.get_output_embeddings()
-        if layers is None or lm_head is None:
+        if layers is None or lm_head is None or not hasattr(decoder, "norm"):
             raise ValueError(
-                f"target {path}: {type(model).__name__} has no list of decoder layers or no LM head to read features from"
+                f"target {path}: {type(model).__name__} has no list of decoder layers, no norm behind them or no LM head to read "
+                "features from"
             )
         self.decoder: Any = decoder
         self.layers: nn.ModuleList = layers
         self.lm_head: Any = lm_head
         self.embed: Any = _table(self.model.get_input_embeddings())
+        self.finish = Finish.of(self.config)
         self._check_finite()
         self._check_logits()
 
@@ -70,6 +76,18 @@ class FrozenTarget:
     def dtype(self) -> torch.dtype:
         """Of the LM head's weights, and so of features."""
         return self.lm_head.weight.dtype
+
+    @property
+    def norm_gain(self) -> torch.Tensor:
+        """[hidden], what the final norm multiplies a normed vector with. Some families store one less."""
+        signs = torch.ones(self.lm_head.weight.shape[1], dtype=self.dtype, device=self.device)
+        signs[1::2] = -1
+        # Of mean 0 and one size, so that RMSNorm and LayerNorm alike leave the signs, and so large that no epsilon counts.
+        return (self.decoder.norm(1024 * signs) - self.decoder.norm(0 * signs)) * signs
+
+    def logits(self, last: torch.Tensor) -> torch.Tensor:
+        """Features before the LM head [..., hidden] -> [..., vocab] float32, as the target samples from them."""
+        return self.finish(self.lm_head(last).float())
 
     @torch.no_grad()
     def features(
@@ -108,16 +126,16 @@ class FrozenTarget:
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """The LM head on the last features must give the model's logits: no scaling or capping in between."""
+        """The LM head on the last features must give the model's logits, with no scale or cap that the config does not name."""
         ids = torch.arange(1, 9, device=self.device)[None] % self.config.vocab_size
-        ours = self.lm_head(self.features(ids).last).float()
+        ours = self.logits(self.features(ids).last)
         theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         if not bool(torch.isfinite(theirs).all()):
             raise ValueError(f"target {self.path}: its logits are no numbers in {self.dtype}; give another --dtype")
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
             raise ValueError(
-                f"target {self.path}: {type(self.model).__name__} scales or caps its logits after the LM head, so a head cannot "
-                "learn them from features; targets like Llama, Qwen2, Qwen3 and Mistral work"
+                f"target {self.path}: {type(self.model).__name__} computes its logits otherwise than by LM head, cap and scale "
+                f"({self.finish}), so a head cannot learn them from features; targets like Llama, Qwen2, Qwen3 and Mistral work"
             )
 
 
@@ -189,18 +207,12 @@ def check_config(config: Any, path: str) -> None:
         raise ValueError(
             f"target {path}: {config.model_type} is an encoder-decoder; EAGLE heads need a decoder such as Llama or Qwen3"
         )
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [name for name in needed if getattr(config, name, None) is None]
     if missing:
         raise ValueError(
             f"target {path}: the config of {config.model_type} lacks {', '.join(missing)}; "
             "a head is one Llama layer of the target's shape, so targets like Llama, Qwen2, Qwen3 and Mistral work"
-        )
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or "rope_type" not in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"target {path}: {config.model_type} rotates only a part of each head, or has no single rotary embedding, which the "
-            "head's Llama layer cannot follow; targets like Llama, Qwen2, Qwen3 and Mistral work"
         )
 
 
@@ -208,6 +220,14 @@ def default_aux_layers(num_layers: int) -> list[int]:
     """Low, mid and high layer, as EAGLE-3's authors and vLLM choose them; spread evenly in a target too shallow for that."""
     layers = [2, num_layers // 2, num_layers - 3]
     return layers if layers[0] < layers[1] < layers[2] else [max(1, num_layers // 6), num_layers // 2, num_layers - 1]
+
+
+def _rope(target: Any) -> dict[str, Any]:
+    """The target's rotary embedding, as far as a Llama layer can have it: of full attention, over the whole of each head."""
+    rope = getattr(target, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # some have one per kind of layer
+    plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+    return plain if rope.get("partial_rotary_factor", 1.0) != 1.0 else plain | rope
 
 
 def head_config(target: Any, draft_vocab_size: int | None = None, aux: Sequence[int] = ()) -> Any:
@@ -223,8 +243,8 @@ def head_config(target: Any, draft_vocab_size: int | None = None, aux: Sequence[
         "num_key_value_heads": getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
         "head_dim": head_dim,
         "max_position_embeddings": target.max_position_embeddings,
-        "rms_norm_eps": target.rms_norm_eps,
-        "rope_parameters": target.rope_parameters,
+        "rms_norm_eps": next((eps for name in _EPSILONS if (eps := getattr(target, name, None)) is not None), 1e-5),
+        "rope_parameters": _rope(target),
         "bos_token_id": target.bos_token_id,
         "eos_token_id": target.eos_token_id,
         "num_hidden_layers": 1,

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_eagle.train.features.finish import Finish
+
 _BLOCK = 128  # scores of which the largest is found first
+_PLAIN = Finish()
 _CHUNK = 1 << 24  # scores at a time: 64 MB in float32; four or five such tensors are alive
 
 
@@ -30,18 +33,22 @@ def cross_entropy(
     predicted: Sequence[torch.Tensor],  # steps times [positions, hidden], what the head's LM head takes
     head_weights: Sequence[torch.Tensor],  # [vocab, hidden] of all steps, or one of each
     weights: torch.Tensor,  # [steps, positions] float32
+    target_finish: Finish = _PLAIN,  # what becomes of the target's scores
+    head_finish: Finish = _PLAIN,  # and of the head's
 ) -> CrossEntropy:
     """Cross-entropy of the head's distributions against the target's.
 
-    Loss and gradients equal, within rounding, those of `-(softmax(truth @ target_weight.T) * log_softmax(predicted[i] @
-    head_weight.T)).sum(-1)`, weighed and summed. No gradient reaches `truth` and `target_weight`.
+    Loss and gradients equal, within rounding, those of `-(softmax(target_finish(truth @ target_weight.T)) *
+    log_softmax(head_finish(predicted[i] @ head_weight.T))).sum(-1)`, weighed and summed. No gradient reaches `truth` and
+    `target_weight`.
     """
     dtype = target_weight.dtype
     if torch.is_autocast_enabled(truth.device.type):
         dtype = torch.get_autocast_dtype(truth.device.type)
     outcome = _CrossEntropy.apply(
-        truth, target_weight, weights, dtype, torch.is_grad_enabled(), len(predicted), *predicted, *head_weights
-    )
+        truth, target_weight, weights, dtype, torch.is_grad_enabled(), len(predicted), (target_finish, head_finish),
+        *predicted, *head_weights,
+    )  # fmt: skip
     return CrossEntropy(*outcome)
 
 
@@ -76,8 +83,10 @@ class _CrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         with_gradient: bool,
         num_steps: int,
+        finishes: tuple[Finish, Finish],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
+        target_finish, head_finish = finishes
         predicted, head_weights = tensors[:num_steps], tensors[num_steps:]
         ours = [weight.to(dtype) for weight in head_weights]
         theirs = target_weight.to(dtype)
@@ -90,14 +99,15 @@ class _CrossEntropy(torch.autograd.Function):
         weight_gradients = [torch.zeros_like(w) if yes else None for w, yes in zip(head_weights, learn, strict=True)]
         with torch.autocast(truth.device.type, enabled=False):
             for rows in _chunks(num_positions, vocab):
-                probs = (truth[rows].to(dtype) @ theirs.T).float()
+                probs = target_finish((truth[rows].to(dtype) @ theirs.T).float())
                 best[rows] = _argmax(probs)
                 probs.sub_(probs.gather(1, best[rows, None])).exp_()
                 probs.div_(probs.sum(-1, keepdim=True))
                 for step in range(num_steps):
                     place = step % len(ours)
                     own = predicted[step][rows].to(dtype)
-                    scores = (own @ ours[place].T).float()
+                    scores = head_finish((own @ ours[place].T).float())
+                    steepness = head_finish.steepness(scores) if with_gradient else 1.0
                     drafts[step, rows] = _argmax(scores)
                     scores.sub_(scores.gather(1, drafts[step, rows, None]))
                     expected = torch.bmm(probs[:, None], scores[:, :, None])[:, 0, 0]
@@ -106,7 +116,8 @@ class _CrossEntropy(torch.autograd.Function):
                     if not with_gradient:
                         continue
                     # d cross-entropy / d scores: the head's distribution less the target's
-                    slope = scores.mul_((weight / total)[:, None]).addcmul_(probs, weight[:, None], value=-1).to(dtype)
+                    slope = scores.mul_((weight / total)[:, None]).addcmul_(probs, weight[:, None], value=-1)
+                    slope = (slope if head_finish == _PLAIN else slope.mul_(steepness)).to(dtype)
                     gradients[step][rows] = (slope @ ours[place]).to(gradients[step].dtype)
                     of_weight = weight_gradients[place]
                     if of_weight is not None:
@@ -120,4 +131,4 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = [slope.to(tensor.dtype) * tensor for tensor in ctx.saved_tensors]
         of_weights = iter(saved[ctx.num_steps :])
-        return *[None] * 6, *saved[: ctx.num_steps], *(next(of_weights) if learn else None for learn in ctx.learn)
+        return *[None] * 7, *saved[: ctx.num_steps], *(next(of_weights) if learn else None for learn in ctx.learn)

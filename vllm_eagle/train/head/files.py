@@ -96,7 +96,7 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
     if found.kind == "EAGLE-1":
         architecture = BIASED_ARCHITECTURE if found.fc_bias else "LlamaForCausalLM"
         config = LlamaConfig(**settings | {"architectures": [architecture], "fc_bias": found.fc_bias})
-        return EagleHead(config, target.embed, target.lm_head)
+        return EagleHead(config, target.embed, target.lm_head, target.finish)
     eagle3: dict[str, Any] = {
         "draft_vocab_size": found.draft_vocab_size,
         "target_hidden_size": found.target_hidden_size,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_eagle.train.features.finish import Finish
 from vllm_eagle.train.head.layer import MLP, Attention, Memory, RMSNorm, rotary
 
 
@@ -20,11 +21,13 @@ class Head(nn.Module):
     Attributes:
         config: transformers' LlamaConfig with the EAGLE fields, as config.json holds it.
         target_ids: [draft_vocab] int64, the target's token id of each logit; None where they are the same.
+        finish: what becomes of the products with `lm_head_weights`.
     """
 
     def __init__(self, config: Any, embed: nn.Module):
         super().__init__()
         self.config = config
+        self.finish = Finish()
         self.rotary = rotary(config)
         # In a tuple the target's modules are not registered: no gradient, no checkpoint, no copy per device.
         self._embed: tuple[Any] = (embed,)
@@ -60,7 +63,7 @@ class Head(nn.Module):
     @property
     @abstractmethod
     def lm_head_weights(self) -> list[torch.Tensor]:
-        """[draft_vocab, hidden], of all steps or, in Medusa, one of each: `logits` is the product with it."""
+        """[draft_vocab, hidden], of all steps or, in Medusa, one of each: `logits` is the product with it, finished."""
 
     @abstractmethod
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
@@ -84,8 +87,9 @@ class _EagleLayer(nn.Module):
 class EagleHead(Head):
     """EAGLE-1: fc(cat(embedding of the next token, feature)) -> decoder layer(s) -> the next feature."""
 
-    def __init__(self, config: Any, embed: nn.Module, lm_head: nn.Module):
+    def __init__(self, config: Any, embed: nn.Module, lm_head: nn.Module, finish: Finish):
         super().__init__(config, embed)
+        self.finish = finish
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=bool(getattr(config, "fc_bias", False)))
         self.layers = nn.ModuleList([_EagleLayer(config)])
         self._lm_head: tuple[Any] = (lm_head,)
@@ -119,7 +123,7 @@ class EagleHead(Head):
 
     def logits(self, ready: torch.Tensor, step: int = 0) -> torch.Tensor:
         (rows,) = self._draft_rows
-        return ready.to(rows.dtype) @ rows.T
+        return self.finish(ready.to(rows.dtype) @ rows.T)
 
 
 class _Eagle3Layer(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_eagle.train.features.finish import Finish
 from vllm_eagle.train.features.target import Features
 from vllm_eagle.train.head.cross_entropy import cross_entropy, likeliest
 from vllm_eagle.train.head.models import Head
@@ -53,12 +54,13 @@ class Outcome:
 class Objective(nn.Module):
     """The head with its loss, as one module, so that data-parallel wrappers see a single forward call."""
 
-    def __init__(self, head: Head, lm_head: nn.Module, weights: LossWeights):
+    def __init__(self, head: Head, lm_head: nn.Module, weights: LossWeights, finish: Finish):
         super().__init__()
         if getattr(lm_head, "bias", None) is not None:
             raise ValueError("the target's LM head has a bias, which the loss does not know; targets like Llama and Qwen have none")
         self.head = head
         self.weights = weights
+        self._finish = finish  # the target's
         weight: Any = lm_head.weight
         ids = head.target_ids
         # The target's, unregistered, see Head: whole, its rows of the tokens that the head can draft, and which these are.
@@ -103,7 +105,8 @@ class Objective(nn.Module):
         usable = counts & learnable
         scales = weights.classification * weights.step_decay ** torch.arange(len(chosen), device=rows.device)
         per_position = usable * (scales / usable.sum(1).clamp(min=1))[:, None]
-        found = cross_entropy(truth, draft_rows, predicted, self.head.lm_head_weights, per_position)
+        finishes = (self._finish, self.head.finish)
+        found = cross_entropy(truth, draft_rows, predicted, self.head.lm_head_weights, per_position, *finishes)
         if best is None:
             agreed = (found.drafts == found.likeliest) & counts & learnable
         else:

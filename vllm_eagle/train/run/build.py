@@ -24,7 +24,7 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     d2t, t2d = draft_vocabulary(counts, size, target.end_tokens)  # an answer that a run has cut does not show its end
     facts = {"draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
     if settings.method == "eagle":
-        plain = EagleHead(head_config(target.config), target.embed, target.lm_head)
+        plain = EagleHead(head_config(target.config), target.embed, target.lm_head, target.finish)
         if size < vocab_size:
             plain.limit_to(t2d.nonzero()[:, 0])
         return plain, facts
@@ -35,8 +35,8 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
         head.t2d.copy_(t2d)
     # The target's own LM head and final norm are the best guess at what turns a feature into these tokens.
     chosen = t2d.nonzero()[:, 0]
-    head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen])
-    head.norm.weight.data.copy_(target.decoder.norm.weight.data)
+    head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen] * target.finish.scale)
+    head.norm.weight.data.copy_(target.norm_gain)
     return head, {"aux_layers": layers} | facts
 
 

@@ -110,7 +110,7 @@ class _Run:
             head, facts = continued_head(self.target, settings)
         set_seed(settings.seed, device_specific=True)  # from here on every process draws noise of its own
         self.aux = aux_layers(head.config) if settings.method == "eagle3" else []
-        objective = Objective(head, self.target.lm_head, settings.loss)
+        objective = Objective(head, self.target.lm_head, settings.loss, self.target.finish)
         optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.num_steps = settings.steps or math.ceil(settings.epochs * self.batches.num_batches() / settings.accumulate)
