@@ -1,5 +1,6 @@
 """Is a head whole, does it fit a target, and what is odd about it? Every finding is one sentence without the head's name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ def problems(head: Head) -> list[str]:
         kind = "bool" if name == "t2d" else "integer" if name == "d2t" else "floating"
         if _kind_of(tensor) != kind:
             found.append(f"{name} is {tensor.dtype}, a {kind} type is expected; only unquantized heads are handled")
-        elif kind == "floating" and not bool(torch.isfinite(tensor).all()):
+        elif kind == "floating" and not all(map(math.isfinite, head.extremes(name))):
             found.append(f"{name} holds NaN or infinity; get or train the head again")
     if head.declared_fc_bias is False and head.fc_bias:
         found.append('config.json says "bias": false but there is an fc.bias; correct config.json')
@@ -224,7 +225,9 @@ def oddities(head: Head, target: Target | None) -> list[str]:
             "that the head may not know, and vLLM's own chains stop"
         )
     odd += [
-        f"{name} is all zeros" for name, tensor in head.tensors.items() if name not in ("d2t", "t2d") and not bool(tensor.any())
+        f"{name} is all zeros"
+        for name, tensor in head.tensors.items()
+        if name not in ("d2t", "t2d") and _kind_of(tensor) == "floating" and head.extremes(name) == (0.0, 0.0)
     ]
     dtypes = {str(t.dtype).removeprefix("torch.") for name, t in head.tensors.items() if name not in ("d2t", "t2d")}
     if len(dtypes) > 1:

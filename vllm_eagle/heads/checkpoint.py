@@ -152,13 +152,24 @@ def write(folder: Path, config: Mapping[str, Any], tensors: "Mapping[str, torch.
     from safetensors.torch import save_file
 
     check_output(folder)
-    # Views of a larger or shared storage are what safetensors cannot store.
-    owned = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    apart = _apart(tensors)
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with files.whole(folder / CONFIG) as settings, files.whole(folder / WEIGHTS) as weights:  # the inner one gets its name first
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(owned, weights, metadata={"format": "pt"})
+        save_file(apart, weights, metadata={"format": "pt"})
+
+
+def _apart(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """The tensors as safetensors takes them: no two share memory. Only what does, and what is not contiguous, is copied."""
+    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name in sorted(apart, key=lambda name: apart[name].data_ptr()):
+        start = apart[name].data_ptr()
+        if start < end:
+            apart[name] = apart[name].clone()
+        end = max(end, start + tensors[name].nbytes)
+    return apart
 
 
 def companions(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ there are, which norms, how many rows of a vocabulary are padding. reading.py te
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +82,15 @@ class Head:
     shifted_aux_layers: bool  # the checkpoint counts them from one less
     norms: dict[str, bool]  # NORM_FLAGS
     declared_fc_bias: bool | None  # what config.json says, if anything
+    known_extremes: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the tensors that were asked for
+
+    def extremes(self, name: str) -> tuple[float, float]:
+        """Smallest and largest value of a tensor, both NaN if one is. Files of gigabytes are read for this once, without a copy."""
+        if name not in self.known_extremes:
+            tensor = self.tensors[name]
+            found = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+            self.known_extremes[name] = float(found[0]), float(found[1])
+        return self.known_extremes[name]
 
     @property
     def fc_bias(self) -> bool:
