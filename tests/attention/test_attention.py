@@ -65,6 +65,38 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_tree_attention_equals_the_reference(
     isa: str, dtype: torch.dtype, heads: tuple[int, int, int], sizes: list[tuple[int, int]]
 ) -> None:
+    compare_with_the_reference(isa, dtype, heads, sizes)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(("isa", "dtype"), [("vec", torch.float32), pytest.param("amx", torch.bfloat16, marks=AMX)])
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "has_sinks"),
+    [
+        (3, 0.0, False),  # shorter than paths are deep
+        (50, 0.0, False),
+        (1000, 0.0, False),  # a stretch of it that threads share, one that is shorter
+        (0, 2.0, False),
+        (0, 0.0, True),
+        (50, 2.0, True),
+    ],
+)
+def test_windows_go_by_depth_and_scores_are_capped_before_sinks_join(
+    isa: str, dtype: torch.dtype, window: int, soft_cap: float, has_sinks: bool
+) -> None:
+    sizes = [(17, 100), (1, 33), (61, 257), (16, 1600), (9, 0), (12, 47)]
+    compare_with_the_reference(isa, dtype, (6, 2, 64), sizes, window, soft_cap, has_sinks)
+
+
+def compare_with_the_reference(
+    isa: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    sizes: list[tuple[int, int]],
+    window: int = 0,
+    soft_cap: float = 0.0,
+    has_sinks: bool = False,
+) -> None:
     num_heads, num_kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(0)
 
@@ -98,7 +130,10 @@ def test_tree_attention_equals_the_reference(
     output = torch.full((num_rows, num_heads, head_dim), 7.0, dtype=dtype)
     context_lens = torch.tensor([c for _, c in sizes])
     rows = TreeRows(tables, context_lens, first_rows, nodes, first_rows, nodes, ancestors)
-    cpu_kernel.tree_attention(query, key, value, kv_cache, layout, rows, head_dim**-0.5, output)
+    sinks = torch.randn(num_heads, generator=generator) if has_sinks else None
+    cpu_kernel.tree_attention(
+        query, key, value, kv_cache, layout, rows, head_dim**-0.5, output, soft_cap=soft_cap, window=window, sinks=sinks
+    )
 
     untouched = torch.ones(num_rows, dtype=torch.bool)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
@@ -107,8 +142,9 @@ def test_tree_attention_equals_the_reference(
         untouched[own] = False
         depths = torch.from_numpy(node_depths(torch.tensor([parents[i]]).numpy()))[0]
         expected = reference.tree_attention(
-            query[own], key[own], value[own], *contexts[i], ancestors[i, :n, :n], depths, head_dim**-0.5
-        )
+            query[own], key[own], value[own], *contexts[i], ancestors[i, :n, :n], depths, head_dim**-0.5,
+            window=window, soft_cap=soft_cap, sinks=sinks,
+        )  # fmt: skip
         torch.testing.assert_close(output[own], expected, atol=tolerance, rtol=tolerance)
     assert (output[untouched] == 7.0).all()
 

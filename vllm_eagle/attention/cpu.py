@@ -82,16 +82,19 @@ class TreeCPUAttentionImpl(TreeImpl, CPUAttentionBackendImpl):
     def attend(self, trees: TreePass) -> None:
         """Tree rows by our operator."""
         layout = self._layout(trees.layer, trees.kv_cache)
-        cpu_kernel.tree_attention(trees.query, trees.key, trees.value, trees.kv_cache, layout, trees.rows, self.scale, trees.output)
-
-    def not_supported_reasons(self, max_model_len: int) -> list[str]:
-        """Why this layer cannot run tree rows; empty if it can."""
-        reasons = super().not_supported_reasons(max_model_len)
-        if self.logits_soft_cap:
-            reasons.append("the CPU tree kernel does not soft-cap scores")
-        if 0 < self.sliding_window < max_model_len:
-            reasons.append(f"a sliding window of {self.sliding_window} tokens; set max_model_len to at most that")
-        return reasons
+        cpu_kernel.tree_attention(
+            trees.query,
+            trees.key,
+            trees.value,
+            trees.kv_cache,
+            layout,
+            trees.rows,
+            self.scale,
+            trees.output,
+            soft_cap=float(self.logits_soft_cap),
+            window=max(0, self.sliding_window),
+            sinks=None if self.sinks is None else self.sinks.float(),
+        )
 
     def move_slots(self, layers: Sequence[AttentionLayer], sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy keys and values of layers like this one from slots to slots, [num_moves] int64 each; none is overwritten unread."""

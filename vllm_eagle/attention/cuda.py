@@ -117,6 +117,7 @@ class TreeGPUImpl(TreeImpl):
     kv_cache_dtype: str
     sliding_window: tuple[int, int] | None
     logits_soft_cap: float | None
+    sinks: torch.Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -162,6 +163,8 @@ class TreeGPUImpl(TreeImpl):
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
         """Why this layer cannot run tree rows; empty if it can."""
         reasons = super().not_supported_reasons(max_model_len)
+        if self.sinks is not None:
+            reasons.append("the GPU's tree kernel knows no attention sinks")
         if is_quantized_kv_cache(self.kv_cache_dtype) and self.kv_cache_dtype not in ("fp8", "fp8_e4m3"):
             reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} is not read by the tree kernel; use auto or fp8")
         return reasons

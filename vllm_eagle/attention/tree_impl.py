@@ -96,7 +96,6 @@ class TreeImpl:
     scale: float
     attn_type: str
     alibi_slopes: Any
-    sinks: torch.Tensor | None
 
     def forward(
         self,
@@ -154,6 +153,4 @@ class TreeImpl:
             reasons.append(f"attention of type {self.attn_type} is not causal self-attention")
         if self.alibi_slopes is not None:
             reasons.append("ALiBi goes by cache slot, tree positions do not")
-        if self.sinks is not None:
-            reasons.append("the tree kernel knows no attention sinks")
         return reasons

@@ -3,6 +3,9 @@
 // Softmax runs over tiles of 32 keys, with a running maximum (Milakov and Gimelshein 2018; FlashAttention, arXiv 2205.14135). A
 // tile is unpacked once and used by all rows of the query heads that share it. Long contexts are cut into parts that threads share;
 // parts are merged at the end (flash-decoding).
+//
+// With a sliding window a row at position p sees positions above p - window. Its position goes by depth: it is the context's length
+// plus the keys of its own tree that it sees, less one; where these stand goes by the same count.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -45,8 +48,17 @@ struct Rows {
   std::vector<float> weights;  // [count] sum of exp(score - most)
 };
 
+// tanh(x), to about 3e-7 of it. The exponential cancels where x is small: there a series.
+inline float tanh_of(float x) {
+  const float square = x * x;
+  const float series = x * (1.0f - square * (1.0f / 3 - square * (2.0f / 15 - square * (17.0f / 315))));
+  const float shrunk = exp_of(-2.0f * std::abs(x));
+  const float found = std::copysign((1.0f - shrunk) / (1.0f + shrunk), x);
+  return square < 0.04f ? series : found;
+}
+
 // Let all rows see the tile. `visible`: of the tree's rows by key, `stride` apart; null if every key is visible.
-void attend(Rows& rows, const Tile& tile, const bool* visible, int64_t stride, int64_t group) {
+void attend(Rows& rows, const Tile& tile, const bool* visible, int64_t stride, int64_t group, float soft_cap) {
   const int64_t width = rows.width, count = tile.count;
   for (int64_t first = 0; first < rows.count; first += ROWS) {
     float scores[ROWS][TILE] = {};
@@ -59,6 +71,10 @@ void attend(Rows& rows, const Tile& tile, const bool* visible, int64_t stride, i
       }
     }
     for (int64_t r = 0; r < ROWS; ++r) {
+      if (soft_cap > 0) {
+#pragma omp simd
+        for (int64_t t = 0; t < TILE; ++t) scores[r][t] = soft_cap * tanh_of(scores[r][t] / soft_cap);
+      }
       if (visible != nullptr) {
         const bool* sees = visible + std::min(first + r, rows.asked - 1) / group * stride;
         for (int64_t t = 0; t < count; ++t) scores[r][t] = sees[t] ? scores[r][t] : NEVER;
@@ -134,7 +150,8 @@ template <typename T>
 void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache,
          const at::Tensor& key_offsets, const at::Tensor& value_offsets, const at::Tensor& block_table,
          const at::Tensor& context_lens, const at::Tensor& first_rows, const at::Tensor& num_rows, const at::Tensor& first_keys,
-         const at::Tensor& num_keys, const at::Tensor& visible, double scale, at::Tensor& output) {
+         const at::Tensor& num_keys, const at::Tensor& visible, double scale, double cap, int64_t window, const at::Tensor& sinks,
+         at::Tensor& output) {
   const int64_t num_trees = first_rows.size(0), num_kv_heads = key.size(1), head_dim = query.size(2);
   const int64_t group = query.size(1) / num_kv_heads, block_size = kv_cache.size(2);
   const int64_t width = (head_dim + LANES - 1) / LANES * LANES;
@@ -148,14 +165,34 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
   const int64_t *row_counts = num_rows.const_data_ptr<int64_t>(), *key_starts = first_keys.const_data_ptr<int64_t>();
   const int64_t* key_counts = num_keys.const_data_ptr<int64_t>();
   const bool* masks = visible.const_data_ptr<bool>();
+  const float soft_cap = static_cast<float>(cap);
+  const float* sink_of = sinks.numel() ? sinks.const_data_ptr<float>() : nullptr;
+
+  // With a window: per tree what its rows see of its own keys, and per row the first position that it sees.
+  std::vector<std::vector<char>> own_masks(window > 0 ? num_trees : 0);
+  std::vector<std::vector<int64_t>> lowest(window > 0 ? num_trees : 0);
+  for (int64_t i = 0; i < num_trees && window > 0; ++i) {
+    own_masks[i].resize(row_counts[i] * key_counts[i]);
+    for (int64_t r = 0; r < row_counts[i]; ++r) {
+      const bool* sees = masks + i * visible.stride(0) + r * visible.stride(1);
+      const int64_t depth = std::count(sees, sees + key_counts[i], true) - 1;
+      int64_t nth = -1;
+      for (int64_t k = 0; k < key_counts[i]; ++k) own_masks[i][r * key_counts[i] + k] = sees[k] && ++nth > depth - window;
+      lowest[i].push_back(std::max<int64_t>(0, lens[i] + depth - window + 1));
+    }
+  }
 
   // A part is a stretch of one tree's context; the last one also holds the tree's own keys.
   struct Part {
     int64_t tree, start, end;
-    bool last;
+    bool last, only;
   };
   int64_t total = 0;
-  for (int64_t i = 0; i < num_trees; ++i) total += lens[i];
+  std::vector<int64_t> starts(num_trees, 0);  // what lies before is seen by no row
+  for (int64_t i = 0; i < num_trees; ++i) {
+    if (window > 0 && row_counts[i] > 0) starts[i] = std::min(lens[i], *std::min_element(lowest[i].begin(), lowest[i].end()));
+    total += lens[i] - starts[i];
+  }
   const int64_t share = total * num_kv_heads / std::max<int64_t>(1, 2 * at::get_num_threads());
   const int64_t length = std::max(PART, (share + TILE - 1) / TILE * TILE);
   std::vector<Part> parts;
@@ -163,12 +200,15 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
   for (int64_t i = 0; i < num_trees; ++i) {
     first_parts.push_back(static_cast<int64_t>(parts.size()));
     if (row_counts[i] == 0) continue;
-    for (int64_t start = 0; start == 0 || start < lens[i]; start += length)
-      parts.push_back({i, start, std::min(start + length, lens[i]), start + length >= lens[i]});
+    const bool only = starts[i] + length >= lens[i];
+    for (int64_t start = starts[i]; start == starts[i] || start < lens[i]; start += length)
+      parts.push_back({i, start, std::min(start + length, lens[i]), start + length >= lens[i], only});
   }
   first_parts.push_back(static_cast<int64_t>(parts.size()));
 
-  const auto write = [&](int64_t i, int64_t head, int64_t r, const float* sum, float weight) {
+  // A sink takes its share of the weights and adds nothing.
+  const auto write = [&](int64_t i, int64_t head, int64_t r, const float* sum, float weight, float most) {
+    if (sink_of != nullptr) weight += std::exp(sink_of[head * group + r % group] - most);
     T* to = out + (row_starts[i] + r / group) * output.stride(0) + (head * group + r % group) * output.stride(1);
     for (int64_t c = 0; c < head_dim; ++c) to[c] = static_cast<T>(sum[c] / weight);
   };
@@ -176,6 +216,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
   std::vector<Rows> gathered(parts.size() * num_kv_heads, Rows(0, width));
   at::parallel_for(0, static_cast<int64_t>(gathered.size()), 1, [&](int64_t begin, int64_t end) {
     Tile tile(width);
+    std::vector<char> seen;
     for (int64_t item = begin; item < end; ++item) {
       const Part& part = parts[item / num_kv_heads];
       const int64_t head = item % num_kv_heads, i = part.tree;
@@ -189,7 +230,13 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
         const int64_t count = std::min({TILE, part.end - at, block_size - within});
         const T* block = cache + blocks[i * block_table.stride(0) + at / block_size] * kv_cache.stride(0) + head * kv_cache.stride(1);
         unpack(tile, block, block + block_size * head_dim, key_at, value_at, within, count, block_size, head_dim);
-        attend(rows, tile, nullptr, 0, group);
+        const bool whole = window == 0 || *std::max_element(lowest[i].begin(), lowest[i].end()) <= at;
+        if (!whole) {
+          seen.assign(row_counts[i] * TILE, 0);
+          for (int64_t r = 0; r < row_counts[i]; ++r)
+            for (int64_t t = 0; t < count; ++t) seen[r * TILE + t] = at + t >= lowest[i][r];
+        }
+        attend(rows, tile, whole ? nullptr : reinterpret_cast<const bool*>(seen.data()), TILE, group, soft_cap);
         at += count;
       }
       if (!part.last) continue;
@@ -203,10 +250,13 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
             tile.values[t * width + c] = static_cast<float>(v[c]);
           }
         }
-        attend(rows, tile, masks + i * visible.stride(0) + at, visible.stride(1), group);
+        if (window > 0)
+          attend(rows, tile, reinterpret_cast<const bool*>(own_masks[i].data()) + at, key_counts[i], group, soft_cap);
+        else
+          attend(rows, tile, masks + i * visible.stride(0) + at, visible.stride(1), group, soft_cap);
       }
-      if (part.start == 0)
-        for (int64_t r = 0; r < row_counts[i] * group; ++r) write(i, head, r, &rows.sums[r * width], rows.weights[r]);
+      if (part.only)
+        for (int64_t r = 0; r < row_counts[i] * group; ++r) write(i, head, r, &rows.sums[r * width], rows.weights[r], rows.most[r]);
     }
   });
 
@@ -229,7 +279,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
           weight += share * rows.weights[r];
           for (int64_t c = 0; c < head_dim; ++c) sum[c] += share * rows.sums[r * width + c];
         }
-        write(i, head, r, sum.data(), weight);
+        write(i, head, r, sum.data(), weight, most);
       }
     }
   });
@@ -239,12 +289,12 @@ void tree_attention(const at::Tensor& query, const at::Tensor& key, const at::Te
                     const at::Tensor& key_offsets, const at::Tensor& value_offsets, const at::Tensor& block_table,
                     const at::Tensor& context_lens, const at::Tensor& first_rows, const at::Tensor& num_rows,
                     const at::Tensor& first_keys, const at::Tensor& num_keys, const at::Tensor& visible, double scale,
-                    at::Tensor output) {
+                    double soft_cap, int64_t window, const at::Tensor& sinks, at::Tensor output) {
   TORCH_CHECK(kv_cache.scalar_type() == query.scalar_type(), "the KV cache holds another dtype than the query");
   TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1 && output.stride(2) == 1 && visible.stride(2) == 1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "tree_attention", [&] {
     run<scalar_t>(query, key, value, kv_cache, key_offsets, value_offsets, block_table, context_lens, first_rows, num_rows,
-                  first_keys, num_keys, visible, scale, output);
+                  first_keys, num_keys, visible, scale, soft_cap, window, sinks, output);
   });
 }
 
@@ -254,7 +304,7 @@ TORCH_LIBRARY_FRAGMENT(vllm_eagle, library) {
   library.def(
       "tree_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor key_offsets, Tensor value_offsets, "
       "Tensor block_table, Tensor context_lens, Tensor first_rows, Tensor num_rows, Tensor first_keys, Tensor num_keys, "
-      "Tensor visible, float scale, Tensor(a!) output) -> ()");
+      "Tensor visible, float scale, float soft_cap, int window, Tensor sinks, Tensor(a!) output) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(vllm_eagle, CPU, library) { library.impl("tree_attention", &tree_attention); }

@@ -20,3 +20,19 @@ class TreeRows:
     first_keys: torch.Tensor  # [num_trees] int64, the tree's own keys and values: consecutive
     num_keys: torch.Tensor  # [num_trees] int64
     visible: torch.Tensor  # [num_trees, max_rows, max_keys] bool, by row and key of the tree
+
+
+def within_window(visible: torch.Tensor, context_len: int, window: int) -> torch.Tensor:
+    """What the rows of one tree see of its context and of its own keys, [num_rows, context_len + num_keys] bool.
+
+    Args:
+        visible: [num_rows, num_keys] bool, of its own keys without a window.
+        context_len: tokens in the cache.
+        window: a row at position p sees positions above p - window; 0: all.
+    """
+    seen = torch.nn.functional.pad(visible, (context_len, 0), value=True)
+    if window == 0:
+        return seen
+    nth = visible.cumsum(1) - 1  # of the row's keys in its own tree: where these stand, from the context's end
+    context = torch.arange(context_len, device=visible.device).expand(len(visible), -1)
+    return seen & (torch.cat([context, context_len + nth], 1) > context_len + nth[:, -1:] - window)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from vllm_eagle.ops.rows import TreeRows
+from vllm_eagle.ops.rows import TreeRows, within_window
 
 _LOG2_E = 1.4426950408889634
 _MOST_SPLITS = 64
@@ -312,12 +312,7 @@ def reference(
             torch.cat([seen, x[own].float()]).repeat_interleave(group, 1)
             for seen, x in ((context[..., :head_dim] * key_scale, key), (context[..., head_dim:] * value_scale, value))
         )
-        visible = rows.visible[tree, :num_rows, :num_keys]
-        nth = visible.cumsum(1) - 1  # of the row's keys in its own tree, from 0
-        key_positions = torch.cat([position.expand(num_rows, -1), context_len + nth], 1)
-        seen = torch.cat([visible.new_ones(num_rows, context_len), visible], 1)
-        if window > 0:
-            seen &= key_positions > (context_len + nth[:, -1:] - window)
+        seen = within_window(rows.visible[tree, :num_rows, :num_keys], context_len, window)
         scores = torch.einsum("qhd,khd->hqk", query[first_row : first_row + num_rows].float(), keys) * scale
         if soft_cap > 0:
             scores = soft_cap * (scores / soft_cap).tanh()
