@@ -1,13 +1,11 @@
 """Targets besides Llama: those that are served are exact, and drafted for as they are; others are refused before loading."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
@@ -129,18 +127,3 @@ def test_targets_that_keep_their_embedding_elsewhere_are_refused(family: str, wo
     name = {"GPT2": "GPT2LMHeadModel", "OPT": "OPTForCausalLM"}[family]
     getattr(transformers, name)(getattr(transformers, f"{family}Config")(**sizes)).save_pretrained(tmp_path / "target")
     assert words in refusal(tmp_path / "target", knowing_head(tmp_path / "head"))
-
-
-def test_attention_sinks_are_refused(tmp_path: Path) -> None:
-    """As in gpt-oss, by its name alone, and by the names of its weights."""
-    settings = {
-        **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": HIDDEN, "vocab_size": VOCAB},
-        **{"num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM},
-        **{"intermediate_size": FFN, "num_local_experts": 4, "sliding_window": 1024, "max_position_embeddings": 512},
-    }
-    target, head = tmp_path / "target", knowing_head(tmp_path / "head")
-    target.mkdir()
-    (target / "config.json").write_text(json.dumps(settings))
-    assert "has attention sinks, which no tree kernel here knows" in refusal(target, head)
-    save_file({"model.layers.0.self_attn.sinks": torch.zeros(HEADS)}, target / "model.safetensors")
-    assert "the target has attention sinks (model.layers.0.self_attn.sinks)" in refusal(target, head)

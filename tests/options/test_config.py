@@ -122,19 +122,7 @@ def test_contradicting_engine_options_are_refused(changes: dict[str, Any], words
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}, "sliding window of 64"),
         ({"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_head": 4, "n_layer": 4}, "ALiBi"),
-        (
-            {
-                "architectures": ["Gemma2ForCausalLM"],
-                "model_type": "gemma2",
-                "attn_logit_softcapping": 50.0,
-                "sliding_window": 4096,
-                "hidden_activation": "gelu_pytorch_tanh",
-                "query_pre_attn_scalar": 32,
-            },
-            "soft-caps attention",
-        ),
         (
             {
                 "architectures": ["DeepseekV2ForCausalLM"],

@@ -28,7 +28,12 @@ WORKS = (
     ("sessions whose prompt goes on after an answer", "without drafts", "test_sessions"),
     ("Llama, Qwen2, Qwen3, Mistral", "", "test_families"),
     ("Granite, Qwen3-MoE, Phi3, SmolLM3, OLMo2", "EAGLE-1 and EAGLE-3 heads", "test_targets"),
-    ("Gemma 2 without soft cap, Gemma 3, Cohere, Mixtral, Qwen2-MoE, GLM4", "EAGLE-1 heads", "test_targets"),
+    (
+        "sliding windows, soft-capped attention, sinks",
+        "CPU; as in Mistral, Qwen2, Gemma 2 and 3, EXAONE 4, gpt-oss; EAGLE-1 heads",
+        "test_windows",
+    ),
+    ("Gemma 2, Gemma 3, Cohere, Mixtral, Qwen2-MoE, GLM4", "EAGLE-1 heads", "test_targets"),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats are converted when they are served", "test_biased_head"),
     ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),

@@ -140,8 +140,9 @@ _model_rule(
     "is multimodal, and the head sees text only",
 )  # fmt: skip
 _model_rule(
-    "attention sinks", "no tree kernel knows them", lambda c: c.model_config.hf_text_config.model_type == "gpt_oss",
-    "has attention sinks, which no tree kernel here knows",
+    "attention sinks, on GPUs", "the GPU's tree kernel does not know them",
+    lambda c: not _on_cpu(c) and c.model_config.hf_text_config.model_type == "gpt_oss",
+    "has attention sinks, which the GPU's tree kernel does not know",
 )  # fmt: skip
 _model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model_config.uses_mrope, "uses M-RoPE positions")
 
@@ -153,25 +154,6 @@ def _on_cpu(config: VllmConfig) -> bool:
 
 def _engine(config: VllmConfig) -> devices.Engine:
     return devices.CUDA if config.device_config.device_type == "cuda" else devices.CPU
-
-
-_model_rule(
-    "soft-capped attention on CPUs", "the CPU tree kernel does not do it",
-    lambda c: _on_cpu(c) and bool(getattr(c.model_config.hf_text_config, "attn_logit_softcapping", None)),
-    "soft-caps attention scores, which the CPU tree kernel does not do",
-)  # fmt: skip
-
-
-@_refused("sliding windows shorter than max_model_len, on CPUs", "the CPU tree kernel does not know them")
-def _window(config: VllmConfig) -> str | None:
-    model = config.model_config
-    window = model.get_sliding_window()
-    if not _on_cpu(config) or window is None or window >= model.max_model_len:
-        return None
-    return (
-        f"model: {model.model} has a sliding window of {window} tokens, which the CPU tree kernel does not know; "
-        f"set max_model_len to at most {window}, or {PLAIN}"
-    )
 
 
 # The head

@@ -17,7 +17,6 @@ _ELSEWHERE = (
     "model.tok_embeddings.weight",
     "embed_in.weight",
 )
-_SINK = "sink"  # self_attn.sinks, attention_sink_bias
 _SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
 
@@ -65,14 +64,13 @@ class Target:
         if not checkpoint.has_weights(self.path):
             return []
         names = checkpoint.tensor_names(self.path)
-        found = [f"the target has attention sinks ({name}), which no tree kernel knows" for name in sorted(names) if _SINK in name]
         elsewhere = sorted(name for name in names if name.endswith(_ELSEWHERE))
-        if elsewhere and names.isdisjoint(EMBEDDINGS):
-            found.append(
-                f"the target has its embedding in {elsewhere[0]}, where no head finds it; EAGLE heads are for decoders laid out "
-                "like Llama, with model.embed_tokens"
-            )
-        return found[:1]
+        if not elsewhere or not names.isdisjoint(EMBEDDINGS):
+            return []
+        return [
+            f"the target has its embedding in {elsewhere[0]}, where no head finds it; EAGLE heads are for decoders laid out "
+            "like Llama, with model.embed_tokens"
+        ]
 
     def tensor(self, names: tuple[str, ...]) -> torch.Tensor | None:
         """One of the target's weights, under the first of these names that it has."""
