@@ -17,7 +17,7 @@ _GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": WINDOW}
 # Class in transformers: what makes its attention special.
 TARGETS: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": WINDOW},
-    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
     "Gemma2": {**_GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 5.0},
     "Gemma3": {**_GEMMA, "tie_word_embeddings": False, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "Exaone4": {"sliding_window": WINDOW, "sliding_window_pattern": 2, "tie_word_embeddings": False},
@@ -61,4 +61,4 @@ def test_trees_are_exact_behind_windows(family: str, tmp_path: Path) -> None:
         assert tokens(generate(llm, prompts, params)) == plain
         stats = tree_stats(llm)
     assert stats["num_moved"] > 0  # branches off the first child were accepted
-    assert stats["tau"] > 1.3
+    assert stats["tau"] > 1.1
