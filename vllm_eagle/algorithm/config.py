@@ -24,7 +24,7 @@ class TreeConfig:
     mode: Annotated[Mode, "`dynamic`: grown by confidence (EAGLE-2); `static`: one fixed shape (EAGLE-1); `chain`: no branches"] = (
         "dynamic"
     )
-    topk: Annotated[int, "children drafted per expanded node, and nodes expanded per level"] = 8
+    topk: Annotated[int, "children drafted per expanded node, and nodes expanded per level"] = 10
     max_depth: Annotated[int, "most head passes per step; a chain may be as deep as it has nodes"] = 8
     coupled: Annotated[bool, "draft with the noise that verification will use; `false`: plain top-k"] = True
     confidence_scale: Annotated[float, "divides log-probabilities before they become confidences; below 1 trusts the head more"] = (
