@@ -185,7 +185,7 @@ def test_what_requests_ask_for_besides(bed: Bed, is_async: bool) -> None:
 
 @exhaustive
 def test_processors_of_users(bed: Bed) -> None:
-    engine = {"logits_processors": ["tests.engine.v2.processors:NoRepetition"]}
+    engine = {"logits_processors": ["tests.engine.v2.processors:OddAfterEven"]}
     params = [MANY["greedy"], MANY["sampled"]]
     asked = case(params, 12, engine=engine)
     expected, found = bed.run(asked), bed.run(with_trees(asked, trees(), is_async=True))
