@@ -62,6 +62,7 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
         "randomize_inputs",
         file,
     )
+    yield runner, "_set_active_loras", "prompt_lora_mapping token_lora_mapping lora_requests mapping_type", file
     yield runner, "sample", "hidden_states input_batch grammar_output", file
     yield runner, "sample_tokens", "grammar_output", file
     yield (

@@ -68,6 +68,7 @@ class EagleTreeRunner(GPUModelRunner):
         self.trees = SlotTrees(self.max_num_reqs, spec.num_speculative_tokens + 1, device)
         self.request_options = [RequestOptions()] * self.max_num_reqs
         self._depends_on_path = np.zeros(self.max_num_reqs, dtype=bool)
+        self._rows_of_logits: np.ndarray | None = None  # [num_reqs] of this step; None: one each
         self.step = Step(is_first=True)
         self.drafts: Drafts | None = None  # what is planned for this step; None: as much as allowed
         # vLLM's own was chosen by method; it holds no weights yet.
@@ -177,6 +178,7 @@ class EagleTreeRunner(GPUModelRunner):
         self.step = Step(
             is_first=bool(scheduler_output.scheduled_new_reqs), num_trees=len(scheduler_output.scheduled_spec_decode_tokens)
         )
+        self._rows_of_logits = None
         self.mark("verify")
         return super().execute_model(scheduler_output, *args, **kwargs)
 
@@ -188,9 +190,16 @@ class EagleTreeRunner(GPUModelRunner):
         """As vLLM's, which takes slots from consecutive positions: there the nodes belong. Then positions go by depth."""
         found = super().prepare_attn(input_batch)
         if input_batch.num_draft_tokens:
+            self._rows_of_logits = input_batch.num_draft_tokens_per_req + 1
             rows, nodes = input_batch.logits_indices, input_batch.expanded_local_pos.long()
             input_batch.positions[rows] += self.trees.depths[input_batch.expanded_idx_mapping, nodes] - nodes
         return found
+
+    def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, which takes one row of logits per request."""
+        if self._rows_of_logits is not None:
+            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, self._rows_of_logits).tolist())
+        super()._set_active_loras(prompt_lora_mapping, *args, **kwargs)
 
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
