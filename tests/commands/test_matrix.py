@@ -38,9 +38,9 @@ BREAKS: dict[str, dict[str, object]] = {
     "attention sinks": {"model_config.hf_text_config.model_type": "gpt_oss"},
     "heads that do not fit the target": {"model_config.get_hidden_size": lambda: 96},
     "draft vocabularies of another target": {"speculative_config.draft_model_config.model": str(REAL_HEAD)},
-    "EAGLE-3 heads for classes that have no such interface in vLLM": {
+    "EAGLE-3 heads for classes that hand out no features and are not listened to": {
         "speculative_config.method": "eagle3",
-        "model_config.architectures": ["MixtralForCausalLM"],
+        "model_config.architectures": ["Ernie4_5_MoeForCausalLM"],
     },
     "devices other than CPU and CUDA": {"device_config.device_type": "xpu"},
     "vLLM's V2 model runner on CPUs, its V1 runner on CUDA": {"use_v2_model_runner": True},

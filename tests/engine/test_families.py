@@ -1,47 +1,65 @@
-"""Heads for other families than Llama: made by the trainer, served by vLLM with trees, tokens as without."""
+"""Other families than Llama: heads that the trainer makes serve with trees, tokens as without, tau as `eval` says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import transformers
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
-from tests.tiers import some
-from vllm_eagle.train.data.examples import Example
+from tests.engine.families import NUM_DRAFT_TOKENS, NUM_TOKENS, PROMPTS, TARGETS, answers, expected_tau, model_of, overfitted
+from tests.tiers import exhaustive, some
+from vllm_eagle.engine.features import LISTENED
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import save_head
-from vllm_eagle.train.run.build import new_head
-from vllm_eagle.train.run.settings import DEFAULT_WEIGHTS, Method, TrainSettings
+from vllm_eagle.train.run.settings import Method
 
-VOCAB = 256
-
-
-def random_target(folder: Path, family: str) -> Path:
-    """A random model of the family, with logits far enough apart for exact comparisons."""
-    torch.manual_seed(8)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1}
-    config = getattr(transformers, f"{family}Config")(**sizes, initializer_range=0.2, tie_word_embeddings=False)
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
-    return folder
+TEMPERATURES = (0.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("family", "method"),
-    some([("Qwen2", "eagle"), ("Qwen3", "eagle3"), ("Mistral", "eagle3")], ("Qwen2", "eagle"), ("Qwen3", "eagle3")),
-)
+def asked(llm: LLM, temperature: float) -> list[list[list[int]]]:
+    params = [
+        SamplingParams(temperature=temperature, seed=i, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+        for i in range(len(PROMPTS))
+    ]
+    return tokens(generate(llm, PROMPTS, params))
+
+
+def assert_served(folder: Path, family: str, method: Method, **options: Any) -> None:
+    """vLLM samples what transformers does, with trees and without; and a head that knows it is accepted as `eval` expects."""
+    model_of(family).save_pretrained(folder / "target")
+    target = FrozenTarget(folder / "target", torch.float32)
+    texts = {temperature: answers(target, temperature) for temperature in TEMPERATURES}
+    head = overfitted(target, method, [text for some in texts.values() for text in some])
+    save_head(head, folder / "head", torch.float32)
+    said = {temperature: [[text.token_ids[text.num_prompt :][:NUM_TOKENS]] for text in some] for temperature, some in texts.items()}
+    with engine(folder / "target", skip_tokenizer_init=True, **options) as llm:
+        assert {temperature: asked(llm, temperature) for temperature in TEMPERATURES} == said
+    with engine(folder / "target", skip_tokenizer_init=True, **options, **trees(folder / "head", NUM_DRAFT_TOKENS)) as llm:
+        for temperature in TEMPERATURES:
+            llm.collective_rpc("reset_eagle_stats")
+            assert asked(llm, temperature) == said[temperature]
+            measured = tree_stats(llm)["tau"]
+            assert measured == pytest.approx(expected_tau(target, head, texts[temperature], temperature), rel=0.03)
+            assert measured > 2
+
+
+CASES: list[tuple[str, Method]] = [(family, method) for family in TARGETS for method in ("eagle", "eagle3")]
+
+
+@pytest.mark.parametrize(("family", "method"), some(CASES, ("Gemma2", "eagle3"), ("Granite", "eagle")))
 def test_served_with_trees(tmp_path: Path, family: str, method: Method) -> None:
-    path = random_target(tmp_path / "target", family)
-    target = FrozenTarget(path, torch.float32)
-    everything = [Example(torch.arange(VOCAB).int(), torch.ones(VOCAB, dtype=torch.bool))]
-    settings = TrainSettings(str(path), (), tmp_path, method, DEFAULT_WEIGHTS[method], draft_vocab=128)
-    save_head(new_head(target, settings, everything)[0], tmp_path / "head", torch.float32)
-    prompts = [list(range(10 + i, 30 + 3 * i)) for i in range(4)]
-    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=24, ignore_eos=True, detokenize=False) for i in range(4)]
-    with engine(path, skip_tokenizer_init=True) as llm:
-        plain = tokens(generate(llm, prompts, params))
-    with engine(path, skip_tokenizer_init=True, **trees(tmp_path / "head", 16)) as llm:
-        assert tokens(generate(llm, prompts, params)) == plain
-        assert tree_stats(llm)["num_verifications"] > 0
+    assert_served(tmp_path, family, method)
+
+
+@exhaustive
+@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Mixtral"])
+def test_layers_are_listened_to_when_they_are_compiled(tmp_path: Path, family: str) -> None:
+    """And when what was compiled is loaded again from the disk, as by the second engine."""
+    assert_served(tmp_path, family, "eagle3", enforce_eager=False)
+    assert_served(tmp_path, family, "eagle3", enforce_eager=False)
+
+
+def test_every_class_that_is_listened_to_is_tried() -> None:
+    assert {f"{family}ForCausalLM" for family in TARGETS} >= {name.replace("Stablelm", "StableLm") for name in LISTENED}

@@ -10,43 +10,18 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import ENGINE, engine, generate, tokens, tree_stats, trees
+from tests.engine.families import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, TARGETS, VOCAB, model_of
 from tests.heads import heads
 from tests.tiers import some
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head
 
-VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 256, 128, 4, 2, 32, 256
-NUM_DRAFT_TOKENS, NUM_STEPS = 4, 5
-_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-
-# Class in transformers: what makes it special. Scales and caps are such that drafts without them would be wrong.
-TARGETS: dict[str, dict[str, Any]] = {
-    "Granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.3, "attention_multiplier": 0.1},
-    "Gemma": {"tie_word_embeddings": False},
-    "Gemma2": {"attn_logit_softcapping": None, "final_logit_softcapping": 5.0, "sliding_window": 1024, "query_pre_attn_scalar": 32},
-    "Gemma3": {"sliding_window": 1024, "query_pre_attn_scalar": 32, "tie_word_embeddings": False},
-    "Cohere": {"logit_scale": 0.0625},
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen2Moe": {**_MOE, "shared_expert_intermediate_size": 64},
-    "Qwen3Moe": _MOE,
-    "Qwen3": {},
-    "Phi3": {"pad_token_id": 0},
-    "SmolLM3": {"pad_token_id": 0, "tie_word_embeddings": False},
-    "Glm4": {"pad_token_id": 0},
-    "Olmo2": {"pad_token_id": 0},
-}
-_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-NO_FEATURES = ("Gemma2", "Gemma3", "Mixtral", "Qwen2Moe", "Glm4")
+NUM_CHAIN_TOKENS, NUM_STEPS = 4, 5
 
 
 def random_target(folder: Path, family: str) -> Path:
     """A model whose layers add nothing: its feature after a token is that token's embedding, all of one length, normalized."""
-    torch.manual_seed(8)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 4, "num_attention_heads": HEADS}
-    sizes |= {"vocab_size": VOCAB, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": 512}
-    sizes |= {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
-    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**sizes | TARGETS[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = model_of(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
@@ -75,13 +50,13 @@ def test_drafts_are_the_targets_own(family: str, tmp_path: Path) -> None:
     """
     target, head = random_target(tmp_path / "target", family), knowing_head(tmp_path / "head")
     prompts = [list(range(10 + i, 30 + 3 * i)) for i in range(4)]
-    length = 1 + NUM_STEPS * (NUM_DRAFT_TOKENS + 1)
+    length = 1 + NUM_STEPS * (NUM_CHAIN_TOKENS + 1)
     params = [SamplingParams(temperature=1.0, seed=i, max_tokens=length, ignore_eos=True, detokenize=False) for i in range(4)]
     with engine(target, skip_tokenizer_init=True) as llm:
         plain = tokens(generate(llm, prompts, params))
-    with engine(target, skip_tokenizer_init=True, **trees(head, NUM_DRAFT_TOKENS, mode="chain")) as llm:
+    with engine(target, skip_tokenizer_init=True, **trees(head, NUM_CHAIN_TOKENS, mode="chain")) as llm:
         assert tokens(generate(llm, prompts, params)) == plain
-        assert tree_stats(llm)["tau"] > NUM_DRAFT_TOKENS + 0.8
+        assert tree_stats(llm)["tau"] > NUM_CHAIN_TOKENS + 0.8
     assert len({token for [answer] in plain for token in answer}) > 10
 
 
@@ -102,15 +77,18 @@ def refusal(target: Path, head: Path) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("family", NO_FEATURES)
-def test_no_eagle3_for_classes_that_hand_out_no_features(family: str, tmp_path: Path) -> None:
-    target = random_target(tmp_path / "target", family)
+def test_no_eagle3_for_classes_that_hand_out_no_features(tmp_path: Path) -> None:
+    """And whose layers are not listened to."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 4, "num_attention_heads": HEADS}
+    config = transformers.Ernie4_5_MoeConfig(**sizes, vocab_size=VOCAB, num_key_value_heads=KV_HEADS, moe_num_experts=4)
+    transformers.Ernie4_5_MoeForCausalLM(config).save_pretrained(tmp_path / "target")
     weights = heads.eagle3_weights("layers.0.", torch.float32)
     weights |= {"d2t": torch.zeros(128, dtype=torch.long), "t2d": torch.arange(VOCAB) < 128}
     weights["lm_head.weight"] = weights["lm_head.weight"][:128].contiguous()
     settings = heads.eagle3_settings(vocab_size=VOCAB, draft_vocab_size=128, eagle_aux_hidden_state_layer_ids=[1, 2, 3])
     head = heads.write(tmp_path / "head", settings, weights)
-    assert f"is a {family}ForCausalLM, of whose layers vLLM hands no features to an EAGLE-3 head" in refusal(target, head)
+    words = "is a Ernie4_5_MoeForCausalLM, of whose layers vLLM hands no features to an EAGLE-3 head"
+    assert words in refusal(tmp_path / "target", head)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ _RUNNER = (
     ("_update_states_after_model_execute", "output_token_ids scheduler_output", "engine/v1/runner.py"),
     ("_input_fits_in_drafter", "common_attn_metadata", "engine/v1/runner.py"),
     ("_on_request_state_removed", "req_id req_state", "engine/v1/runner.py"),
+    ("_setup_eagle3_aux_hidden_state_outputs", "", "engine/v1/runner.py"),
+    ("_get_eagle3_aux_layers_from_config", "", "engine/v1/runner.py"),
     ("_bookkeeping_sync", "scheduler_output sampler_output logits hidden_states num_scheduled_tokens", "engine/v1/runner.py"),
     ("execute_model", "scheduler_output intermediate_tensors", "engine/v1/runner.py"),
     ("sample_tokens", "grammar_output", "engine/v1/runner.py"),

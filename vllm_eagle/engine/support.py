@@ -15,6 +15,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import CUDA_BACKENDS
 from vllm_eagle.engine.draft_vocab import named_tokens
+from vllm_eagle.engine.features import LISTENED
 from vllm_eagle.heads.check import misfits
 from vllm_eagle.heads.draft_vocab import FILE
 from vllm_eagle.heads.formats import REPLAYED_ARCHITECTURES, read_head
@@ -182,14 +183,15 @@ def _head(config: VllmConfig) -> str | None:
     return None
 
 
-@_refused("EAGLE-3 heads for classes that have no such interface in vLLM", "the head reads features of the target's layers")
+@_refused("EAGLE-3 heads for classes that hand out no features and are not listened to", "the head reads features of the layers")
 def _features(config: VllmConfig) -> str | None:
-    """Asked of the class, so that nobody waits for a model to be loaded first."""
+    """Asked of the class, so that nobody waits for a model to be loaded first. Some without the interface are listened to."""
     model = config.model_config
     if config.speculative_config.method != "eagle3":
         return None
     model_class, _ = model.registry.resolve_model_cls(model.architectures, model)
-    if supports_eagle3(model_class):
+    listened = model_class.__name__ in LISTENED and not config.use_v2_model_runner  # by the V1 runner
+    if supports_eagle3(model_class) or listened:
         return None
     return (
         f"model: {model.model} is a {model_class.__name__}, of whose layers vLLM hands no features to an EAGLE-3 head; "

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -33,6 +34,7 @@ from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.budget.budget import Plan
 from vllm_eagle.engine.draft_vocab import logits_of
+from vllm_eagle.engine.features import listen
 from vllm_eagle.engine.layers import target_layers
 from vllm_eagle.engine.v1.clock import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
@@ -100,6 +102,16 @@ class EagleTreeRunner(DraftPlanning):
         super().load_model(*args, **kwargs)
         self.drafter.logits = logits_of(self.drafter.model, self.get_model(), self.vllm_config, self.tree_config, self.device)
         check_layers(self.compilation_config.static_forward_context, self.max_model_len)
+
+    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
+        """As vLLM's, which asks the target's class for features; listen to the layers of those that have no answer."""
+        model = self.get_model()
+        if not self.use_aux_hidden_state_outputs or supports_eagle3(model):
+            super()._setup_eagle3_aux_hidden_state_outputs()
+            return
+        num_layers = len(model.model.layers)
+        layers = self._get_eagle3_aux_layers_from_config() or (2, num_layers // 2, num_layers - 3)
+        listen(model, layers, self.max_num_tokens, self.model_config.get_hidden_size(), self.dtype)
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
