@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import ENGINE, engine, generate, tokens, tree_stats, trees
-from tests.engine.families import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, TARGETS, VOCAB, model_of
+from tests.engine.families import FFN, HEADS, HIDDEN, KV_HEADS, TARGETS, VOCAB, model_of
 from tests.heads import heads
 from tests.tiers import some
 from vllm_eagle.train.features.target import FrozenTarget
