@@ -33,9 +33,7 @@ BREAKS: dict[str, dict[str, object]] = {
     "ALiBi": {"model_config.uses_alibi": True},
     "multimodal models": {"model_config.is_multimodal_model": True},
     "M-RoPE": {"model_config.uses_mrope": True},
-    "soft-capped attention on CPUs": {"model_config.hf_text_config.attn_logit_softcapping": 50.0},
-    "sliding windows shorter than max_model_len, on CPUs": {"model_config.get_sliding_window": lambda: 64},
-    "attention sinks": {"model_config.hf_text_config.model_type": "gpt_oss"},
+    "attention sinks, on CUDA": ON_CUDA | {"model_config.hf_text_config.model_type": "gpt_oss"},
     "heads that do not fit the target": {"model_config.get_hidden_size": lambda: 96},
     "draft vocabularies of another target": {"speculative_config.draft_model_config.model": str(REAL_HEAD)},
     "EAGLE-3 heads for classes that hand out no features and are not listened to": {

@@ -151,7 +151,7 @@ def test_contradicting_engine_options_are_refused(changes: dict[str, Any], words
             "recurrent state",
         ),
     ],
-    ids=["sliding window", "alibi", "soft cap", "mla", "mamba"],
+    ids=["alibi", "mla", "mamba"],
 )
 def test_models_without_a_tree_kernel_are_refused(
     settings: dict[str, Any], words: str, tmp_path: Path, random_models: dict[str, Path]

@@ -141,7 +141,7 @@ _model_rule(
     "is multimodal, and the head sees text only",
 )  # fmt: skip
 _model_rule(
-    "attention sinks, on GPUs", "the GPU's tree kernel does not know them",
+    "attention sinks, on CUDA", "the GPU's tree kernel does not know them",
     lambda c: not _on_cpu(c) and c.model_config.hf_text_config.model_type == "gpt_oss",
     "has attention sinks, which the GPU's tree kernel does not know",
 )  # fmt: skip
