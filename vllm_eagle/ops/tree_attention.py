@@ -3,6 +3,9 @@
 One program takes the rows of one tree and one key head (rows of all query heads that share it, stacked) over one part of the
 context, so that keys and values are read once for all rows. The last part also holds the tree's own keys, under its mask. Where a
 context is cut into several parts, a second launch merges them by their log-sum-exp (as FlashDecoding does).
+
+How many parts there may be is all that is decided before; where a context is cut is found on the GPU, by its length. So a launch in
+a CUDA graph is right for any lengths later, and for requests without rows.
 """
 
 from functools import cache
@@ -37,12 +40,19 @@ def _attend(query, key, value, seen, top, total, found, scale, soft_cap, CAP: tl
     return new_top, total, found
 
 
+@triton.jit
+def _cuts(context_len, splits, BLOCK_N: tl.constexpr):
+    """Tokens of a part, whole tiles, and the last part of this context, which may be an earlier one than the last of all."""
+    size = tl.maximum(tl.cdiv(tl.cdiv(context_len, splits), BLOCK_N), 1) * BLOCK_N
+    return size, tl.maximum(tl.cdiv(context_len, size), 1) - 1
+
+
 # Not specialized on what changes from step to step: that would compile while requests wait.
-@triton.jit(do_not_specialize=["window", "tokens_per_split", "splits", "all_rows", "visible_tree", "visible_row", "table_row"])
+@triton.jit(do_not_specialize=["window", "splits", "all_rows", "visible_tree", "visible_row", "table_row"])
 def _part(
     query, key, value, kv_cache, block_table, context_lens, first_rows, num_rows, first_keys, num_keys, visible,
     output, log_sums, first_places,
-    scale, key_scale, value_scale, soft_cap, window, tokens_per_split, splits, all_rows, all_heads,
+    scale, key_scale, value_scale, soft_cap, window, splits, all_rows, all_heads,
     query_row, query_head, key_row, key_head, value_row, value_head,
     cache_block, cache_head, cache_slot, table_row, visible_tree, visible_row, output_row, output_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
@@ -52,7 +62,8 @@ def _part(
     tree, kv_head = tl.program_id(0), tl.program_id(1)
     split, row_block = tl.program_id(2) % splits, tl.program_id(2) // splits
     rows, context_len = tl.load(num_rows + tree), tl.load(context_lens + tree)
-    if row_block * BLOCK_M >= rows * GROUP:
+    size, last = _cuts(context_len, splits, BLOCK_N)
+    if (row_block * BLOCK_M >= rows * GROUP) | (split > last):
         return
     stacked = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, head = stacked // GROUP, kv_head * GROUP + stacked % GROUP
@@ -78,8 +89,8 @@ def _part(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     found = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = tl.maximum(split * tokens_per_split, lowest)
-    end = tl.minimum((split + 1) * tokens_per_split, context_len)
+    begin = tl.maximum(split * size, lowest)
+    end = tl.minimum((split + 1) * size, context_len)
     for start in range(begin, end, BLOCK_N):
         position = start + tile
         is_token = position < end
@@ -97,7 +108,7 @@ def _part(
             asked, k.to(asked.dtype), v.to(asked.dtype), seen, top, total, found, scale, soft_cap, CAP, LOG2_E
         )
 
-    if split == splits - 1:
+    if split == last:
         before = tl.zeros([BLOCK_M], tl.int32)
         for start in range(0, keys, BLOCK_N):
             own = start + tile
@@ -127,25 +138,26 @@ def _part(
 
 @triton.jit(do_not_specialize=["splits", "all_rows"])
 def _merge(
-    parts, log_sums, output, first_places, first_rows, num_rows, splits, all_rows, all_heads, output_row, output_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, BLOCK_S: tl.constexpr,
+    parts, log_sums, output, context_lens, first_places, first_rows, num_rows, splits, all_rows, all_heads, output_row, output_head,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MOST: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     tree, row, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if row >= tl.load(num_rows + tree):
         return
+    _, last = _cuts(tl.load(context_lens + tree), splits, BLOCK_N)
     own_row = tl.load(first_rows + tree) + row
     place = ((tl.load(first_places + tree) + row) * all_heads + head).to(tl.int64)
     next_split = all_rows.to(tl.int64) * all_heads
     every = tl.arange(0, MOST)
-    log_sum = tl.load(log_sums + place + every * next_split, mask=every < splits, other=float("-inf"))
+    log_sum = tl.load(log_sums + place + every * next_split, mask=every <= last, other=float("-inf"))
     top = tl.max(log_sum, 0)
     total = tl.sum(tl.exp2(log_sum - top), 0)
     dim = tl.arange(0, BLOCK_D)
     is_dim = dim < HEAD_DIM
     merged = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, splits, BLOCK_S):
+    for start in range(0, last + 1, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
-        is_split = split < splits
+        is_split = split <= last
         at = place + split * next_split
         weight = tl.exp2(tl.load(log_sums + at, mask=is_split, other=float("-inf")) - top) / total
         part = tl.load(parts + at[:, None] * HEAD_DIM + dim[None, :], mask=is_split[:, None] & is_dim[None, :], other=0.0)
@@ -161,7 +173,7 @@ def tree_attention(
     rows: TreeRows,
     scale: float,
     output: torch.Tensor,  # [num_tokens, num_heads, head_dim], only the trees' rows are written
-    longest_context: int,  # at least the longest of `rows.context_lens`; known on the host, so nothing is waited for
+    longest_context: int,  # at least the longest of `rows.context_lens`, for which parts are reckoned; known on the host
     soft_cap: float = 0.0,  # scores go through cap * tanh(score / cap); 0: they do not
     window: int = 0,  # a row at position p sees positions above p - window; 0: all
     key_scale: float = 1.0,  # of an 8-bit cache
@@ -179,20 +191,19 @@ def tree_attention(
         programs = num_trees * num_kv_heads * triton.cdiv(max_rows * group, block_m)
         fill = triton.cdiv(_WAVES * _multiprocessors(query.device), programs)
         num_splits = max(1, min(fill, _MOST_SPLITS, longest_context // (4 * block_n)))
-    tokens_per_split = triton.cdiv(triton.cdiv(max(longest_context, 1), num_splits), block_n) * block_n
     options = (scale, soft_cap, window, key_scale, value_scale)
     if num_splits == 1:
-        _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, None, tokens_per_split, 1)
+        _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, None, 1)
         return
     assert num_splits <= _MOST_SPLITS
     # Room for the trees' rows alone: a prompt beside them may have thousands.
     parts, log_sums = _workspace(query, num_splits, num_trees * max_rows)
     places = torch.arange(num_trees, device=query.device, dtype=torch.int32) * max_rows
-    _launch(query, key, value, kv_cache, rows, rows.context_lens, options, parts, log_sums, places, tokens_per_split, num_splits)
+    _launch(query, key, value, kv_cache, rows, rows.context_lens, options, parts, log_sums, places, num_splits)
     _merge[(num_trees, max_rows, query.shape[1])](
-        parts, log_sums, output, places, rows.first_rows, rows.num_rows, num_splits, *parts.shape[1:3], *output.stride()[:2],
-        HEAD_DIM=query.shape[2], BLOCK_D=triton.next_power_of_2(query.shape[2]), MOST=_MOST_SPLITS, BLOCK_S=_MERGED_AT_ONCE,
-        num_warps=2,
+        parts, log_sums, output, rows.context_lens, places, rows.first_rows, rows.num_rows, num_splits, *parts.shape[1:3],
+        *output.stride()[:2], HEAD_DIM=query.shape[2], BLOCK_D=triton.next_power_of_2(query.shape[2]), BLOCK_N=block_n,
+        MOST=_MOST_SPLITS, BLOCK_S=_MERGED_AT_ONCE, num_warps=2,
     )  # fmt: skip
 
 
@@ -215,7 +226,7 @@ def own_attention(
     found, log_sums = _workspace(query, 1, num_places)
     if rows.visible.numel():
         empty, options = torch.zeros_like(rows.context_lens), (scale, soft_cap, window, 1.0, 1.0)
-        _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, places, 1, 1)
+        _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, places, 1)
     return found[0], (log_sums[0] / _LOG2_E).t().contiguous()
 
 
@@ -249,7 +260,6 @@ def _launch(
     output: torch.Tensor,  # the whole answer, or with `log_sums` the parts' [num_splits, num_places, num_heads, head_dim]
     log_sums: torch.Tensor | None,
     places: torch.Tensor | None,  # [num_trees] int32, first place of each tree in the parts
-    tokens_per_split: int,
     num_splits: int,
 ) -> None:
     scale, soft_cap, window, key_scale, value_scale = options
@@ -262,7 +272,7 @@ def _launch(
         query, key, value, kv_cache, rows.block_table, context_lens, rows.first_rows, rows.num_rows, rows.first_keys,
         rows.num_keys, visible, output, output if log_sums is None else log_sums,
         rows.first_rows if places is None else places,
-        scale, key_scale, value_scale, soft_cap, window, tokens_per_split, num_splits, output.shape[-3], num_heads,
+        scale, key_scale, value_scale, soft_cap, window, num_splits, output.shape[-3], num_heads,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],
         rows.block_table.stride(0), *visible.stride()[:2], *output.stride()[-3:-1],
         GROUP=group, HEAD_DIM=head_dim, PAGE=kv_cache.shape[2], BLOCK_M=block_m, BLOCK_N=block_n,
