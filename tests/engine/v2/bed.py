@@ -8,7 +8,7 @@ What stands between stock vLLM 0.32 and that, all of it here:
 - vLLM's CPU platform switches asynchronous scheduling off, and its CPU worker names a runner.
 - Triton is looked for when vLLM is imported, so an engine of this kind runs in a process of its own: `Bed`.
 
-It cannot show races, CUDA graphs, 16-bit arithmetic, FlashAttention, or speed.
+It cannot show races, 16-bit arithmetic, FlashAttention, or speed. CUDA graphs: graphs.py.
 """
 
 import multiprocessing
@@ -44,6 +44,7 @@ class Case:
     is_async: bool = False
     patches: tuple[str, ...] = ()  # names of functions in breakages.py
     sessions: bool = False  # of several turns (tests/engine/test_sessions.py), one for each of `params`; no prompts
+    capture_sizes: tuple[int, ...] = ()  # rows for which passes of decoding requests are captured (graphs.py); none: no graphs
     audit: bool = False  # record what reads values on the host (audit.py): stats["host_reads"]
 
 
@@ -109,10 +110,10 @@ def _run(case: Case) -> Answers:
     from vllm import LLM
 
     from tests.engine.test_sessions import session
-    from tests.engine.v2 import audit
+    from tests.engine.v2 import audit, graphs
 
     arguments = ENGINE | case.engine
-    with _async(case.is_async), _broken(case.patches):
+    with _configured(case), _broken(case.patches), graphs.installed() if case.capture_sizes else nullcontext():
         if "spec_model" in arguments:
             from tests.engine.v2 import worker
 
@@ -131,6 +132,7 @@ def _run(case: Case) -> Answers:
             stats, recent = ({}, [])
             if "spec_model" in arguments:
                 stats, recent = (llm.collective_rpc(name)[0] for name in ("eagle_stats", "eagle_recent_trees"))
+            stats |= {"graphs": dict(graphs.counts)}
             if case.audit:
                 stats |= {"host_reads": dict(audit.found), "ops_when_idle": dict(audit.when_idle), "num_idle": audit.num_idle}
         finally:
@@ -163,14 +165,21 @@ def _adapters(case: Case) -> list[Any] | None:
 
 
 @contextmanager
-def _async(wanted: bool) -> Iterator[None]:
+def _configured(case: Case) -> Iterator[None]:
+    """What vLLM's platform for CPUs has no say in: asynchronous scheduling, and graphs."""
+    from vllm.config import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
 
     stock = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
     def check(cls: type, config: Any) -> None:
         stock(cls, config)
-        config.scheduler_config.async_scheduling = wanted
+        config.scheduler_config.async_scheduling = case.is_async
+        if case.capture_sizes:
+            compilation = config.compilation_config
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+            compilation.cudagraph_capture_sizes = list(case.capture_sizes)
+            compilation.max_cudagraph_capture_size = max(case.capture_sizes)
 
     CpuPlatform.check_and_update_config = classmethod(check)  # type: ignore[assignment]
     try:

@@ -8,6 +8,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_eagle.attention.cuda import TreeTritonAttentionBackend
 from vllm_eagle.engine.v2.runner import EagleTreeRunner
@@ -73,6 +74,9 @@ class TreeV2Worker(EagleTreeWorker, CPUWorker):
         self.model_runner.init_trees(self.new_metrics())
 
     def compile_or_warm_up_model(self) -> Any:
-        """Measure what passes cost; then as vLLM's."""
+        """Capture graphs, if any are asked for (graphs.py), and measure what passes cost; then as vLLM's."""
+        if self.model_runner.needs_cudagraph_capture():
+            init_workspace_manager(self.device)  # as vLLM's worker for GPUs
+            self.model_runner.capture_model()
         self.model_runner.measure_costs()
         return super().compile_or_warm_up_model()
