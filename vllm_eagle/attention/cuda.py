@@ -15,6 +15,8 @@
 
 But for float32, these are what `not_supported_reasons` of the impls say when layers are loaded.
 
+FLASH_ATTN and TRITON_ATTN can be captured in CUDA graphs of whole steps; xformers takes the sizes of its parts from the host.
+
 Where nothing is chosen, it is FLASH_ATTN if it can run target and head, else TRITON_ATTN: FlashAttention reads a long context
 fastest, and the tree's own keys are few. That is reasoning, not measurement.
 """
@@ -25,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata, max_decode_query_len
 from vllm.v1.attention.backends.fa_utils import uses_fa4_hd256_kernel
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -35,7 +37,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadata,
     TritonAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
 from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass
 from vllm_eagle.ops.rows import TreeRows
@@ -94,8 +96,14 @@ class TreeTritonAttentionMetadata(DividedOnGPU, TritonAttentionMetadata):
 class TreeBuilder(PrefixBuilder):
     """Mixin of vLLM's builders: `attach_prefix` adds the trees of a pass to its metadata."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER  # shapes of trees differ from pass to pass
+    # Passes of decoding requests can be captured as a whole. One with a prompt is divided by sizes that only the host knows.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     metadata_cls: ClassVar[type[Any]]
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int:
+        """Most rows of a request in such a pass, of which it may have fewer: those of the largest tree."""
+        return max_decode_query_len(vllm_config)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Any:
         """As vLLM's, without trees."""

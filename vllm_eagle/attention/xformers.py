@@ -6,14 +6,20 @@ two backends (`not_supported_reasons`) and pads all trees to the largest: an alt
 
 from importlib.util import find_spec
 
-from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_eagle.attention.cuda import TreeGPUImpl
-from vllm_eagle.attention.flash import TreeFlashAttentionBackend
+from vllm_eagle.attention.flash import TreeFlashAttentionBackend, TreeFlashAttentionMetadataBuilder
 from vllm_eagle.attention.tree_impl import TreePass
+
+
+class TreeXFormersMetadataBuilder(TreeFlashAttentionMetadataBuilder):
+    """Of the backend below. xformers takes the sizes of its parts from the host, so no pass can be captured as a whole."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
 
 
 class TreeXFormersImpl(TreeGPUImpl, FlashAttentionImpl):
@@ -59,6 +65,11 @@ class TreeXFormersBackend(TreeFlashAttentionBackend):
     def get_impl_cls() -> type[TreeXFormersImpl]:
         """The implementation above."""
         return TreeXFormersImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeXFormersMetadataBuilder]:
+        """The builder above."""
+        return TreeXFormersMetadataBuilder
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:

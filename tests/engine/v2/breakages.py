@@ -1,15 +1,21 @@
 """What stands in for a part of the engine while it is entered: broken, as a comparison must notice, or told what to believe."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import fields
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from vllm.v1.worker.gpu import cudagraph_utils
 
+from vllm_eagle.algorithm.draft import Limits
 from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
-from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, speculator
+from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, slots, speculator
 from vllm_eagle.engine.v2.budgeting import Budgeting
+from vllm_eagle.ops import tree_attention
+from vllm_eagle.ops.rows import TreeRows
 
 
 def no_compaction() -> AbstractContextManager[Any]:
@@ -19,13 +25,13 @@ def no_compaction() -> AbstractContextManager[Any]:
 
 def causal_trees() -> AbstractContextManager[Any]:
     """Nodes see all nodes before them, ancestors or not."""
-    stock = runner.TreeRows
+    stock = slots.TreeRows
 
     def all_seen(*args: Any) -> Any:
         *others, visible = args
         return stock(*others, torch.ones_like(visible).tril())
 
-    return patch.object(runner, "TreeRows", all_seen)
+    return patch.object(slots, "TreeRows", all_seen)
 
 
 def positions_by_row() -> AbstractContextManager[Any]:
@@ -85,3 +91,59 @@ def nodes_cost() -> AbstractContextManager[Any]:
 def drafting_never_pays() -> AbstractContextManager[Any]:
     """The head is as slow as ten target passes."""
     return _believing([1.0] * 7, [10.0] * 7)
+
+
+def stale_trees() -> AbstractContextManager[Any]:
+    """What kernels take is copied, and the copies are kept: a graph goes on reading those of its capture."""
+    kept: list[TreeRows] = []
+    return patch.object(slots.BatchTrees, "rows", _copies(kept.append))
+
+
+def fleeting_trees() -> AbstractContextManager[Any]:
+    """What kernels take is copied, and nobody keeps the copies."""
+    return patch.object(slots.BatchTrees, "rows", _copies(lambda rows: None))
+
+
+def _copies(keep: Callable[[TreeRows], object]) -> Any:
+    stock = slots.BatchTrees.rows
+
+    def rows(self: Any, block_table: torch.Tensor, most_rows: int) -> TreeRows:
+        found = stock(self, block_table, most_rows)
+        fresh = TreeRows(block_table, *(getattr(found, field.name).clone() for field in fields(TreeRows)[1:]))
+        keep(fresh)
+        return fresh
+
+    return rows
+
+
+def widths_by_what_was_drafted() -> AbstractContextManager[Any]:
+    """Levels are as wide as the scores of their nodes allow."""
+    return patch.object(speculator, "Limits", lambda **kwargs: Limits())
+
+
+def options_from_the_host() -> AbstractContextManager[Any]:
+    """Limits of depth are sent while the batch is drafted."""
+    stock = speculator.Batch
+
+    def sent(budgets: torch.Tensor, temperatures: torch.Tensor, max_depths: torch.Tensor, *others: Any) -> Any:
+        return stock(budgets, temperatures, torch.tensor([8] * len(max_depths)), *others)
+
+    return patch.object(speculator, "Batch", sent)
+
+
+# Not breakages, but what a test bed without adaptive verification or a large GPU does not have.
+
+
+def graphs_of_any_rows() -> AbstractContextManager[Any]:
+    """Captured passes take any number of rows per request, as with vLLM's adaptive verification."""
+    stock = cudagraph_utils.ModelCudaGraphManager.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **(kwargs | {"varlen_decode": True}))
+
+    return patch.object(cudagraph_utils.ModelCudaGraphManager, "__init__", init)
+
+
+def splits() -> AbstractContextManager[Any]:
+    """Contexts are cut into parts, as where a GPU has more multiprocessors than a batch has work for."""
+    return patch.object(tree_attention, "_multiprocessors", lambda device: 8)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -41,13 +41,12 @@ from vllm_eagle.engine.v2.counting import Counting, Step
 from vllm_eagle.engine.v2.drafts import Drafts, said, say
 from vllm_eagle.engine.v2.late import LateReads
 from vllm_eagle.engine.v2.sampler import TreeSampler
-from vllm_eagle.engine.v2.slots import SlotTrees
+from vllm_eagle.engine.v2.slots import BatchTrees, SlotTrees
 from vllm_eagle.engine.v2.speculator import TreeSpeculator
 from vllm_eagle.engine.v2.split import DraftSplit
 from vllm_eagle.metrics.counters import TreeMetrics, TreeTrace
 from vllm_eagle.ops.move_slots import Caches, move_accepted
 from vllm_eagle.ops.rerank import Trees
-from vllm_eagle.ops.rows import TreeRows
 from vllm_eagle.options.per_request import RequestOptions
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
@@ -66,6 +65,7 @@ class EagleTreeRunner(GPUModelRunner):
         self.tree_config = TreeConfig.from_options(spec.num_speculative_tokens, vllm_config.additional_config.get(CONFIG_KEY, {}))
         self.late = LateReads(device)
         self.trees = SlotTrees(self.max_num_reqs, spec.num_speculative_tokens + 1, device)
+        self.batch_trees = BatchTrees(self.max_num_reqs, spec.num_speculative_tokens + 1, device)
         self.request_options = [RequestOptions()] * self.max_num_reqs
         self._depends_on_path = np.zeros(self.max_num_reqs, dtype=bool)
         self._rows_of_logits: np.ndarray | None = None  # [num_reqs] of this step; None: one each
@@ -126,8 +126,9 @@ class EagleTreeRunner(GPUModelRunner):
         self._has_processors = any(not isinstance(each, _OF_VLLM) for each in self.sampler.logits_processors)
         prepare = self.model_state.prepare_attn
 
-        def with_trees(input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            return self._attach(prepare(input_batch, *args, **kwargs), input_batch)
+        def with_trees(batch: InputBatch, mode: CUDAGraphMode, tables: Any, slots: Any, groups: Any, *args: Any, **kwargs: Any):
+            is_whole = mode == CUDAGraphMode.FULL or kwargs.get("for_capture", False)
+            return self._attach(prepare(batch, mode, tables, slots, groups, *args, **kwargs), batch, groups, is_whole)
 
         self.model_state.prepare_attn = with_trees
 
@@ -277,28 +278,28 @@ class EagleTreeRunner(GPUModelRunner):
         level = torch.empty(most_rows * self.vocab_size, _BYTES_PER_DRAFT_LOGIT, dtype=torch.uint8, device=self.device)
         del logits, level
 
-    def _attach(self, metadata: dict[str, Any], batch: InputBatch) -> dict[str, Any]:
-        """The target's layers get the batch's trees. Requests with drafts come first in vLLM's batches."""
-        if not batch.num_draft_tokens:
+    def _attach(self, metadata: dict[str, Any], batch: InputBatch, groups: Any, is_whole: bool) -> dict[str, Any]:
+        """The target's layers get the batch's trees. Requests with drafts come first in vLLM's batches.
+
+        In a pass that is captured as a whole (`is_whole`) all requests have trees, if of the root alone: what differs from step to
+        step is in the tensors of `batch_trees` only.
+        """
+        if not is_whole and not batch.num_draft_tokens:
             return metadata
-        num_trees = int(np.count_nonzero(batch.num_draft_tokens_per_req))
-        slots, cuts = batch.idx_mapping[:num_trees], batch.cu_num_logits[: num_trees + 1].long()
-        first_rows, num_rows = batch.logits_indices[cuts[:-1]], cuts.diff()
-        context_lens = batch.seq_lens[:num_trees].long() - num_rows
-        longest = int(batch.seq_lens_cpu_upper_bound[:num_trees].max())
-        query_start_loc = torch.from_numpy(batch.query_start_loc_np[: batch.num_reqs + 1])
-        ancestors = self.trees.ancestors[slots]
+        num_trees = batch.num_reqs_after_padding if is_whole else int(np.count_nonzero(batch.num_draft_tokens_per_req))
+        longest = self.max_model_len if is_whole else int(batch.seq_lens_cpu_upper_bound[:num_trees].max())
+        most_rows = min(self.num_speculative_steps + 1, batch.num_tokens_after_padding)
+        query_start_loc = torch.from_numpy(batch.query_start_loc_np[: (num_trees if is_whole else batch.num_reqs) + 1])
+        self.batch_trees.fill(self.trees, batch.idx_mapping, batch.query_start_loc[: num_trees + 1], batch.seq_lens[:num_trees])
         with_trees: dict[int, Any] = {}
-        for group in (group for groups in self.attn_groups for group in groups):
+        for group in (group for same_cache in groups for group in same_cache):
             for name in group.layer_names:
                 if name in self.speculator.draft_attn_layer_names:  # whose first pass is over chains
                     continue
                 shared = metadata[name]  # by layers of a group, the head's among them
                 if id(shared) not in with_trees:
                     with_trees[id(shared)] = own = dataclasses.replace(shared)
-                    rows = TreeRows(
-                        own.block_table[:num_trees], context_lens, first_rows, num_rows, first_rows, num_rows, ancestors
-                    )
+                    rows = self.batch_trees.rows(own.block_table[:num_trees], most_rows)
                     group.get_metadata_builder().attach_prefix(own, rows, query_start_loc, longest)
                 metadata[name] = with_trees[id(shared)]
         return metadata
