@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tests.algorithm import reference
 from vllm_eagle import native
+from vllm_eagle.algorithm import draft
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.algorithm.draft import NEVER, Level, Limits, Request, _Ranker, grow, grow_pool
+from vllm_eagle.algorithm.draft import NEVER, Batch, Level, Limits, Request, _Ranker, grow, grow_pool
 from vllm_eagle.algorithm.noise import gumbel
 from vllm_eagle.algorithm.shapes import StaticShape, best_static_shape
 from vllm_eagle.algorithm.tree import DraftTree, inner_nodes
@@ -269,8 +270,7 @@ def test_native_children_are_those_of_torch(
     logits[1, 2] = float("-inf")  # nothing is allowed
     logits[2, 3, 1] = float("nan")
     noise = torch.randn(3, vocab, generator=generator) if with_noise else None
-    requests = [Request(0, 8, temperature=t) for t in (0.0, 0.7, 1.5)]
-    ranker = _Ranker(requests, 0.8, with_noise, logits.device)
+    ranker = _Ranker(torch.tensor([0.0, 0.7, 1.5]), 0.8, with_noise)
     found = {}
     for runs in (True, False):
         monkeypatch.setattr(native, "runs", lambda runs=runs: runs)
@@ -328,16 +328,18 @@ def test_growth_of_fixed_width_reads_nothing_that_was_drafted(mode: str) -> None
     # The C++ operators run on CPU tensors alone, as the choice of children on a GPU is a kernel.
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
         patch.setattr(native, "runs", lambda: False)
+        patch.setattr(draft, "_static_level", draft._static_level.__wrapped__)  # or it would keep fake tensors for others
         logits = torch.zeros(2, VOCAB)
 
         def head(level: Level) -> torch.Tensor:
             return torch.zeros(*level.token_ids.shape, VOCAB)
 
-        pool = grow_pool(requests, logits, head, config, lambda depth: noise, limits)
+        batch = Batch.of(requests, config, logits.device)
+        pool = grow_pool(batch, logits, head, config, lambda depth: noise, limits)
         assert pool.tokens.shape[1] > 2
         if mode == "dynamic":
             with pytest.raises(DataDependentOutputException):
-                grow_pool(requests, logits, head, config, None, replace(limits, fixed_width=False))
+                grow_pool(batch, logits, head, config, None, replace(limits, fixed_width=False))
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
@@ -347,9 +349,10 @@ def test_trees_put_in_order_on_a_device_are_those_of_the_host(seed: int) -> None
 
     config = TreeConfig(12, topk=3, max_depth=4)
     requests, head = [Request(9, 12), Request(8, 0), Request(7, 4)], TableHead(3, seed)
-    pool = grow_pool(requests, head.root_logits(), head, config, None, Limits(-1.0, fixed_width=True))
-    found = rerank.reference(torch.tensor([9, 8, 7]), pool.tokens, pool.scores, pool.parents, pool.budgets, 13, 4)
-    for row, tree in enumerate(pool.trees()):
+    batch, roots = Batch.of(requests, config, torch.device("cpu")), [r.root_token_id for r in requests]
+    pool = grow_pool(batch, head.root_logits(), head, config, None, Limits(-1.0, fixed_width=True))
+    found = rerank.reference(torch.tensor(roots), pool.tokens, pool.scores, pool.parents, pool.budgets, 13, 4)
+    for row, tree in enumerate(pool.trees(roots)):
         own = slice(int(found.num_nodes[row]))
         assert tree.token_ids.tolist() == found.token_ids[row, own].tolist()
         assert tree.parents.tolist() == found.parents[row, own].tolist()

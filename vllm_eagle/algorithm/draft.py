@@ -21,12 +21,14 @@ trees: what is drafted needlessly does not enter them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 
 from vllm_eagle import native
 from vllm_eagle.algorithm.config import MAX_DRAFT_TOKENS, TreeConfig
+from vllm_eagle.algorithm.shapes import StaticShape
 from vllm_eagle.algorithm.tree import DraftTree
 
 NEVER = float("-inf")
@@ -51,6 +53,31 @@ class Request:
     temperature: float = 0.0  # 0 is greedy
     max_depth: int = MAX_DRAFT_TOKENS  # most levels; the engine's own limit holds, too
     topk: int = MAX_DRAFT_TOKENS  # most children per node, likewise; 1 drafts a chain
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What growth must know of all requests of a batch, on their device; and what bounds it, on the host."""
+
+    budgets: torch.Tensor  # [num_reqs] int64, most nodes besides the root
+    temperatures: torch.Tensor  # [num_reqs] float32, 0 is greedy
+    max_depths: torch.Tensor  # [num_reqs] int64, most levels
+    topks: torch.Tensor  # [num_reqs] int64, most children per node
+    most_drafts: int  # at least the greatest budget
+    depth_limit: int  # levels to grow
+
+    @classmethod
+    def of(cls, requests: list[Request], config: TreeConfig, device: torch.device) -> "Batch":
+        """Nothing is waited for."""
+        budgets = [min(r.num_draft_tokens, config.num_draft_tokens) for r in requests]
+        return cls(
+            _sent(budgets, device),
+            _sent([r.temperature for r in requests], device),
+            _sent([r.max_depth for r in requests], device),
+            _sent([r.topk for r in requests], device),
+            max(budgets),
+            min(config.depth_limit, max(r.max_depth for r in requests)),
+        )
 
 
 RunHead = Callable[[Level], torch.Tensor]  # -> logits [num_reqs, width, draft_vocab] after each node of the level
@@ -80,11 +107,13 @@ def grow(
     """Grow one tree per request. `run_head` is called once per level, at most `config.depth_limit - 1` times."""
     if not requests:
         return []
-    return grow_pool(requests, root_logits, run_head, config, noise_at, limits, token_ids).trees()
+    batch = Batch.of(requests, config, root_logits.device)
+    pool = grow_pool(batch, root_logits, run_head, config, noise_at, limits, token_ids)
+    return pool.trees([r.root_token_id for r in requests])
 
 
 def grow_pool(
-    requests: list[Request],
+    batch: Batch,
     root_logits: torch.Tensor,
     run_head: RunHead,
     config: TreeConfig,
@@ -92,21 +121,21 @@ def grow_pool(
     limits: Limits,
     token_ids: torch.Tensor | None = None,
 ) -> "Pool":
-    """All drafted nodes; nothing of them has been read by the host if the width is fixed."""
-    pool = Pool(requests, config, root_logits.device)
-    ranker = _Ranker(requests, config.confidence_scale, noise_at is not None, root_logits.device)
+    """All drafted nodes. If the width is fixed nothing is read by the host, nor sent: that can be captured in a CUDA graph."""
+    pool = Pool(batch, config)
+    ranker = _Ranker(batch.temperatures, config.confidence_scale, noise_at is not None)
     frontier = _StaticFrontier(pool, config) if config.mode == "static" else _BestFrontier(pool, config.children, limits)
     logits = root_logits[:, None]
-    for depth in range(1, pool.depth_limit + 1):
+    for depth in range(1, batch.depth_limit + 1):
         confidences, tokens = ranker.children(logits, noise_at(depth) if noise_at else None, config.children)
         chosen = frontier.grow(depth, confidences, tokens if token_ids is None else token_ids[tokens])
-        if chosen is None or depth == pool.depth_limit:
+        if chosen is None or depth == batch.depth_limit:
             break
         logits = run_head(pool.expand(depth, *chosen))
     return pool
 
 
-def _sent(values: list[int] | list[float] | list[list[bool]], device: torch.device) -> torch.Tensor:
+def _sent(values: list[int] | list[float], device: torch.device) -> torch.Tensor:
     """On the device, which is not waited for."""
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
@@ -114,13 +143,12 @@ def _sent(values: list[int] | list[float] | list[list[bool]], device: torch.devi
 class _Ranker:
     """Order the children of a node and say how sure the head is of each."""
 
-    def __init__(self, requests: list[Request], confidence_scale: float, coupled: bool, device: torch.device):
-        temperature = _sent([r.temperature for r in requests], device)
-        sampled = temperature > 0
+    def __init__(self, temperatures: torch.Tensor, confidence_scale: float, coupled: bool):
+        sampled = temperatures > 0
         # With the noise known, or none, the outcome is certain and only the head's error is left: the confidence may be
         # sharper than the probability. Without the noise, the probability at this temperature is the acceptance.
         self._scale = torch.where(~sampled | coupled, confidence_scale, 1.0)
-        self._factors = 1 / (self._scale * torch.where(sampled, temperature, 1.0))
+        self._factors = 1 / (self._scale * torch.where(sampled, temperatures, 1.0))
 
     def children(
         self,
@@ -147,14 +175,10 @@ class _Ranker:
 class Pool:
     """All drafted nodes of all requests so far, level by level, without the roots."""
 
-    def __init__(self, requests: list[Request], config: TreeConfig, device: torch.device):
-        num_reqs = len(requests)
-        self.requests, self._config = requests, config
-        self._most = [min(r.num_draft_tokens, config.num_draft_tokens) for r in requests]
-        self.depth_limit = min(config.depth_limit, max(r.max_depth for r in requests))
-        self.budgets = _sent(self._most, device)
-        self.max_depths = _sent([r.max_depth for r in requests], device)
-        self._topks = _sent([r.topk for r in requests], device)
+    def __init__(self, batch: Batch, config: TreeConfig):
+        num_reqs, device = len(batch.budgets), batch.budgets.device
+        self._config, self._most = config, batch.most_drafts
+        self.budgets, self.max_depths, self._topks = batch.budgets, batch.max_depths, batch.topks
         self.tokens = torch.empty(num_reqs, 0, dtype=torch.long, device=device)
         self.scores = torch.empty(num_reqs, 0, device=device)
         self.parents = torch.empty(num_reqs, 0, dtype=torch.long, device=device)  # place in the pool, -1 is the root
@@ -207,27 +231,27 @@ class Pool:
 
     def nth_best(self) -> torch.Tensor:
         """Score that a new node must beat to enter its request's tree: [num_reqs]."""
-        ranked = self.scores.topk(min(max(self._most), self.scores.shape[1]), dim=1).values
+        ranked = self.scores.topk(min(self._most, self.scores.shape[1]), dim=1).values
         padding = ranked.new_full((ranked.shape[0], 1), NEVER)
         last = (self.budgets - 1).clamp(min=0, max=ranked.shape[1])
         bound = torch.cat([ranked, padding], 1).gather(1, last[:, None])[:, 0]
         return bound.masked_fill(self.budgets == 0, float("inf"))
 
-    def trees(self) -> list[DraftTree]:
+    def trees(self, root_token_ids: list[int]) -> list[DraftTree]:
         """Rerank: the best nodes of each request, parents first."""
         tokens, scores, parents = (x.cpu().numpy() for x in (self.tokens, self.scores, self.parents))
         # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
         order = np.argsort(-scores, axis=1, kind="stable")
         ranks = np.empty_like(order)
         np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
-        counts = np.minimum((scores > NEVER).sum(1), self._most)
+        counts = np.minimum((scores > NEVER).sum(1), self.budgets.numpy())
         trees = []
-        for i, request in enumerate(self.requests):
+        for i, root in enumerate(root_token_ids):
             best = order[i, : counts[i]]
             above = parents[i, best]
             trees.append(
                 DraftTree(
-                    np.concatenate([[request.root_token_id], tokens[i, best]]),
+                    np.concatenate([[root], tokens[i, best]]),
                     np.concatenate([[0], np.where(above < 0, 0, ranks[i, above] + 1)]),
                     np.concatenate([np.zeros(1, np.float32), scores[i, best]]),
                 )
@@ -278,12 +302,19 @@ class _StaticFrontier:
 
     def grow(self, depth: int, confidences: torch.Tensor, tokens: torch.Tensor) -> Chosen | None:
         """As _BestFrontier's."""
-        rows, inner = self._shape.inner(depth - 1), self._shape.inner(depth)
-        level = set(self._shape.level(depth))  # a vocabulary may be smaller than the shape's ranks
-        mask = _sent([[(*row, rank) in level for rank in range(confidences.shape[2])] for row in rows], confidences.device)
-        self._pool.add(tokens, confidences, mask.expand_as(confidences) & (self._pool.max_depths >= depth)[:, None, None])
-        places = [rows.index(path[:-1]) * self._pool.num_children + path[-1] for path in inner]
-        if not places:
+        in_shape, places = _static_level(self._shape, depth, confidences.shape[2], confidences.device)
+        self._pool.add(tokens, confidences, in_shape.expand_as(confidences) & (self._pool.max_depths >= depth)[:, None, None])
+        if not len(places):
             return None
-        expanded = _sent(places, self._pool.tokens.device).expand(self._pool.tokens.shape[0], -1)
+        expanded = places.expand(len(tokens), -1)
         return expanded, self._pool.scores[:, self._pool.level_start :].gather(1, expanded)
+
+
+@cache
+def _static_level(shape: StaticShape, depth: int, num_children: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which children of the rows before are in the shape [width, num_children], and the places of those with children [inner]."""
+    rows, inner = shape.inner(depth - 1), shape.inner(depth)
+    level = set(shape.level(depth))  # a vocabulary may be smaller than the shape's ranks
+    in_shape = [[(*row, rank) in level for rank in range(num_children)] for row in rows]
+    places = [rows.index(path[:-1]) * num_children + path[-1] for path in inner]
+    return torch.tensor(in_shape, device=device), torch.tensor(places, dtype=torch.int64, device=device)

@@ -29,7 +29,7 @@ HOST_VALUES = {
     "attention/cuda.py attach_prefix",
     "attention/tree_impl.py attach_prefix",
     "engine/v2/runner.py _attach",
-    "engine/v2/speculator.py _level_pass",
+    "engine/v2/speculator.py _draft",
 }
 
 

@@ -15,7 +15,6 @@ from vllm_eagle.engine.v2.budgeting import Budgeting
 from vllm_eagle.engine.v2.late import LateReads, Mark
 from vllm_eagle.metrics.counters import Stage, TreeMetrics, TreeTrace
 from vllm_eagle.metrics.usefulness import Usefulness, advice
-from vllm_eagle.ops.rerank import Trees
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
@@ -93,9 +92,17 @@ class Counting:
         self.trace.end_step()
         self.metrics.add("num_moved", int(np.count_nonzero(paths > np.arange(1, paths.shape[1] + 1))))
 
-    def drafted(self, trees: Trees, depth: int, wanted: np.ndarray) -> None:
-        """A step has drafted these trees, of at most so many levels; `wanted` [num_reqs] bool: not those amid prompts."""
-        self._late.send(partial(self._add_drafted, depth, wanted), trees.num_nodes, trees.scores, trees.depths, trees.parents)
+    def drafted(
+        self,
+        depth: int,
+        wanted: np.ndarray,  # [num_reqs] bool, not those amid prompts
+        num_nodes: torch.Tensor,  # [num_reqs] int64
+        scores: torch.Tensor,  # [num_reqs, max_nodes], as the others
+        depths: torch.Tensor,
+        parents: torch.Tensor,
+    ) -> None:
+        """A step has drafted these trees, of at most so many levels."""
+        self._late.send(partial(self._add_drafted, depth, wanted), num_nodes, scores, depths, parents)
 
     def _add_drafted(self, depth: int, wanted: np.ndarray, *trees: np.ndarray) -> None:
         num_nodes, scores, depths, parents = (values[wanted] for values in trees)

@@ -46,7 +46,6 @@ from vllm_eagle.engine.v2.speculator import TreeSpeculator
 from vllm_eagle.engine.v2.split import DraftSplit
 from vllm_eagle.metrics.counters import TreeMetrics, TreeTrace
 from vllm_eagle.ops.move_slots import Caches, move_accepted
-from vllm_eagle.ops.rerank import Trees
 from vllm_eagle.options.per_request import RequestOptions
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
@@ -237,13 +236,14 @@ class EagleTreeRunner(GPUModelRunner):
                 say(found.model_runner_output, self.counting.budgeting.plan(batch.num_reqs))
         return found
 
-    def drafted(self, batch: InputBatch, trees: Trees, depth: int) -> None:
+    def drafted(self, batch: InputBatch, depth: int) -> None:
         """Count what was drafted."""
         self.step.depth = depth
         if isinstance(self.adaptive_verification, DraftSplit):
             self.adaptive_verification.has_drafted = True
         wanted = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
-        self.counting.drafted(trees, depth, wanted)
+        trees, slots = self.trees, batch.idx_mapping
+        self.counting.drafted(depth, wanted, trees.num_nodes[slots], trees.scores[slots], trees.depths[slots], trees.parents[slots])
         off = sum(self.request_options[slot].num_draft_tokens == 0 for slot in batch.idx_mapping_np[wanted])
         self.counting.metrics.count_decision("switched_off", off)
         self.counting.metrics.count_decision("tree", int(wanted.sum()) - off)

@@ -3,34 +3,37 @@
 The first pass of the head is vLLM's own, over all rows of the target's pass: those of the accepted path are moved to the front of
 their request before it, where vLLM expects accepted drafts, and rejected rows behind them are overwritten by the next step. Levels,
 ranking and the choice of nodes are the algorithm's (vllm_eagle/algorithm/draft.py), in widths that are known before, so nothing is
-read back.
+read back. They read and write tensors that stay where they are, so they can be captured in CUDA graphs (graphs.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.algorithm.draft import Level, Limits, NoiseAt, Request, grow_pool
+from vllm_eagle.algorithm.draft import Batch, Level, Limits, NoiseAt, grow_pool
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.engine.draft_vocab import DraftLogits
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.v2.counting import Counting, Step
 from vllm_eagle.engine.v2.drafts import Drafts
+from vllm_eagle.engine.v2.graphs import DraftGraphs, Way, ways
 from vllm_eagle.engine.v2.noise import coming_noise
 from vllm_eagle.engine.v2.slots import SlotTrees
 from vllm_eagle.metrics.counters import Decision
-from vllm_eagle.ops.rerank import Trees, rerank
+from vllm_eagle.ops.rerank import rerank
 from vllm_eagle.options.per_request import RequestOptions
 
 _MOST_LEVEL_ROWS = 2048  # 256 requests of 8; where there are more, levels are narrower
+_FREE_ROWS = 256  # of a pass, in which weights are read once for all: reasoning, not measurement
 
 
 class Owner(Protocol):
@@ -53,8 +56,8 @@ class Owner(Protocol):
     def mark(self, stage: str) -> None:
         """A stage of the step begins."""
 
-    def drafted(self, batch: InputBatch, trees: Trees, depth: int) -> None:
-        """These trees, of at most so many levels, are what the batch's requests will verify next."""
+    def drafted(self, batch: InputBatch, depth: int) -> None:
+        """The trees in the slots of the batch, of at most so many levels, are what its requests will verify next."""
 
     def drafting_failed(self) -> None:
         """Nothing will be drafted any more; called where the exception is handled."""
@@ -69,11 +72,25 @@ class TreeSpeculator(EagleSpeculator):
         self.logits: DraftLogits  # once the model is loaded
         self.is_off = False  # drafting has failed
         self.is_measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
+        # By place in the batch; places of padding hold what was there before.
+        self._root_features = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
+        self._roots, self._context_lens = torch.zeros(2, self.max_num_reqs, dtype=torch.int64, device=device)
+        self._asked = torch.ones(self.max_num_reqs, 4, dtype=torch.int64, device=device)  # drafts, depth, children, top-k
+        self._top_p = torch.ones(self.max_num_reqs, dtype=torch.float32, device=device)
+        self._captured_rows: dict[tuple[int, Way], list[int]] = {}  # of each level, by the padded number of requests
         self.use_acceptance_estimator = False  # vLLM's, for adaptive verification; it takes what was accepted for a chain
 
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """As vLLM's for the first pass; then levels in the place of its loop over a chain."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        mode, captured = self.decode_cudagraph_manager.cudagraph_mode, ways(self._config.depth_limit, self._config.coupled)
+        self.decode_cudagraph_manager = DraftGraphs(
+            self.vllm_config, self.device, mode, captured, self._most_reqs, self._grow_captured
+        )
+
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Called by vLLM after the first pass with the head's features [num_reqs, hidden] of the roots."""
-        self._root_features = hidden_states
+        """Called by vLLM after the first pass, within its graph, with the head's features [num_reqs, hidden] of the roots."""
+        self._root_features[: len(hidden_states)] = hidden_states
         return torch.zeros(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
 
     @torch.inference_mode()
@@ -133,6 +150,11 @@ class TreeSpeculator(EagleSpeculator):
         """Nodes of a level of all trees: it must fit vLLM's input buffers, and the level's logits must fit the memory."""
         return min(self.max_num_tokens, _MOST_LEVEL_ROWS)
 
+    @property
+    def _most_reqs(self) -> int:
+        """Requests that trees can be drafted for at a time: levels of dynamic ones may be narrower than they would be."""
+        return self.most_level_rows // (self._config.level_width if self._config.mode == "static" else 1)
+
     def _put_paths_first(self, batch: InputBatch, features: list[torch.Tensor]) -> None:
         """Move rows root, path of each request to the front of its rows: tokens, positions and the target's features."""
         paths = self._owner.paths
@@ -146,45 +168,99 @@ class TreeSpeculator(EagleSpeculator):
             rows[targets] = rows[sources]
 
     def _draft(self, batch: InputBatch, context_lens: torch.Tensor, last_sampled: torch.Tensor) -> torch.Tensor:
-        slots, num_reqs, most_nodes = batch.idx_mapping, batch.num_reqs, self.num_speculative_steps
-        room = self.most_level_rows // num_reqs
-        if room < (self._config.level_width if self._config.mode == "static" else 1):
+        """By a graph where one was captured that does not do much more than is planned; else launch by launch."""
+        num_reqs, drafts = batch.num_reqs, self._owner.drafts
+        if num_reqs > self._most_reqs:
             return self._nothing(batch, "buffer_full")
-        states, options, drafts = self._owner.states, self._owner.request_options, self._owner.drafts
         # While the plan says nothing, drafts that were scheduled before are still wanted: a level of them.
         depth = self._config.depth_limit if drafts is None else max(1, drafts.depth)
-        planned = None if drafts is None else drafts.widths
+        planned = None if drafts is None or self._config.mode == "static" else drafts.widths
+        way = self._put(batch, context_lens, last_sampled, depth)
+        level_rows, graph = self._owner.step.level_rows, self.decode_cudagraph_manager.found(num_reqs, way)
+        captured = None if graph is None else self._captured_rows[graph.num_reqs, graph.way]
+        if captured is not None and self._is_worth_it(captured, num_reqs, planned):
+            self._owner.mark("levels")
+            self.decode_cudagraph_manager.run_fullgraph(graph)
+            level_rows.extend(captured)
+        else:
+            self._grow(num_reqs, way, level_rows, planned, int(batch.seq_lens_cpu_upper_bound[:num_reqs].max()))
+        self._owner.drafted(batch, depth)
+        return self.draft_tokens[:num_reqs]
+
+    @staticmethod
+    def _is_worth_it(captured: Sequence[int], num_reqs: int, planned: Sequence[int] | None) -> bool:
+        """Whether to replay levels of so many rows, which are as wide as they may be, where narrower ones are planned.
+
+        The trees are as good either way. Few rows take a pass no longer than one; many do, unless nearly as many are planned.
+        """
+        if planned is None or max(captured, default=0) <= _FREE_ROWS:
+            return True
+        return sum(captured) <= 2 * num_reqs * sum(planned[: len(captured)])
+
+    def _put(self, batch: InputBatch, context_lens: torch.Tensor, last_sampled: torch.Tensor, depth: int) -> Way:
+        """Put into their places what drafting reads of a batch; the rest vLLM has put there for the first pass."""
+        slots, num_reqs, states = batch.idx_mapping, batch.num_reqs, self._owner.states
+        places, options = batch.idx_mapping_np, [self._owner.request_options[slot] for slot in batch.idx_mapping_np]
+        self._roots[:num_reqs] = last_sampled[slots, 0]
+        self._context_lens[:num_reqs] = context_lens
+        self._context_lens[num_reqs:] = 0
+        asked = np.array(
+            [
+                (min(self.num_speculative_steps, each.num_draft_tokens), min(each.max_depth, depth), each.topk, top_k)
+                for each, top_k in zip(options, states.top_k.np[places], strict=True)
+            ],
+            dtype=np.int64,
+        )
+        async_tensor_h2d(asked, out=self._asked[:num_reqs])
+        is_filtered = bool((asked[:, 3] < self._vocab_size).any() or (states.top_p.np[places] < 1.0).any())
+        if is_filtered:
+            self._top_p[:num_reqs] = states.top_p.gpu[slots]
+        has_noise = self._config.coupled and bool(states.temperature.np[places].any())
+        return Way(min(self._config.depth_limit, int(asked[:, 1].max())), has_noise, is_filtered)
+
+    def _grow_captured(self, num_reqs: int, way: Way) -> None:
+        """What a graph holds: nothing of it is decided by the host later."""
+        rows: list[int] = []
+        self._grow(num_reqs, way, rows, None, None)
+        self._captured_rows[num_reqs, way] = rows
+
+    def _grow(
+        self, num_reqs: int, way: Way, level_rows: list[int], planned: Sequence[int] | None, longest_context: int | None
+    ) -> None:
+        """Draft a tree for each of the first `num_reqs` places of the batch, some of which may be padding, and keep it.
+
+        `level_rows` gets the rows of each level. `planned` are the widths of levels, None: as wide as they may be.
+        `longest_context` is a bound on contexts, None the greatest possible, in a graph. All else is read on the device.
+        """
+        slots, most_nodes = self.idx_mapping[:num_reqs], self.num_speculative_steps  # a slot of -1 is padding
+        budgets, max_depths, topks, top_k = self._asked[:num_reqs].unbind(1)
+        batch = Batch(budgets, self.temperature[slots], max_depths, topks, most_nodes, way.depth)
+        filters = Filters(top_k, self._top_p[:num_reqs], batch.temperatures) if way.is_filtered else Filters(None, None, None)
+        level_pass = self._level_pass(num_reqs, level_rows, longest_context)
+        room = self.most_level_rows // num_reqs
         widths = [self._config.children] * self._config.depth_limit if planned is None else planned
-        temperatures = states.temperature.np[batch.idx_mapping_np]
-        requests = [
-            Request(0, min(most_nodes, asked.num_draft_tokens), float(temperature), min(asked.max_depth, depth), asked.topk)
-            for asked, temperature in zip((options[slot] for slot in batch.idx_mapping_np), temperatures, strict=True)
-        ]
-        level_pass = self._level_pass(batch, context_lens)
-        filters = self._filters(batch)
         pool = grow_pool(
-            requests,
-            filters(self.logits(self._root_features)),
+            batch,
+            filters(self.logits(self._root_features[:num_reqs])),
             lambda level: filters(level_pass(level)),
             self._config,
-            self._noise(batch) if self._config.coupled and temperatures.any() else None,
+            self._noise(slots.clamp(min=0)) if way.has_noise else None,
             Limits(widths=[min(room, width) for width in widths], fixed_width=True),
             self.logits.token_ids,
         )
-        roots = last_sampled[slots, 0]
-        trees = rerank(roots, pool.tokens, pool.scores, pool.parents, pool.budgets, most_nodes + 1, self._config.depth_limit)
+        roots = self._roots[:num_reqs]
+        trees = rerank(roots, pool.tokens, pool.scores, pool.parents, budgets, most_nodes + 1, self._config.depth_limit)
         self._owner.trees.store(slots, trees)
-        self._owner.drafted(batch, trees, depth)
         falling = trees.scores.where(torch.arange(most_nodes + 1, device=slots.device) < trees.num_nodes[:, None], -torch.inf)
         # Of these vLLM's adaptive verification takes running products: a node's score then is the chance of all before it.
         self.draft_token_confidence_probs[:num_reqs] = falling.diff(dim=1).exp().nan_to_num(0.0)
-        return trees.token_ids[:, 1:]
+        self.draft_tokens[:num_reqs] = trees.token_ids[:, 1:]
 
-    def _level_pass(self, batch: InputBatch, context_lens: torch.Tensor) -> Callable[[Level], torch.Tensor]:
+    def _level_pass(self, num_reqs: int, level_rows: list[int], longest_context: int | None) -> Callable[[Level], torch.Tensor]:
         """What runs the head over a level: logits [num_reqs, width, draft_vocab]."""
-        num_reqs = batch.num_reqs
         table = self.block_tables.input_block_tables[self._cache_group][:num_reqs]
-        levels = DraftLevels(table, context_lens, int(batch.seq_lens_cpu_upper_bound[:num_reqs].max()))
+        is_captured = longest_context is None
+        levels = DraftLevels(table, self._context_lens[:num_reqs], self.max_model_len if is_captured else longest_context)
         hidden = self.hidden_states[:num_reqs].clone()[:, None]  # [num_reqs, width, hidden] of the level before
         root_positions = self.input_buffers.positions[:num_reqs].clone()
 
@@ -193,9 +269,9 @@ class TreeSpeculator(EagleSpeculator):
             levels.start(level)
             width = level.token_ids.shape[1]
             rows = num_reqs * width
-            if not self._owner.step.level_rows:
+            if not level_rows and not is_captured:
                 self._owner.mark("levels")
-            self._owner.step.level_rows.append(rows)
+            level_rows.append(rows)
             parents = level.parent_rows[:, :, None].expand(-1, -1, hidden.shape[2])
             # A node beyond the model's length is never scheduled; its position only has to stay inside the rotary table.
             positions = (root_positions[:, None] + level.depth).clamp(max=self.max_model_len - 1)
@@ -231,23 +307,17 @@ class TreeSpeculator(EagleSpeculator):
         groups = self.kv_cache_config.kv_cache_groups
         return next(i for i, group in enumerate(groups) if set(group.layer_names) & self.draft_attn_layer_names)
 
-    def _filters(self, batch: InputBatch) -> Filters:
-        states, slots = self._owner.states, batch.idx_mapping
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
-        limited = [
-            values.gpu[slots] if np.any(values.np[batch.idx_mapping_np] != everything) else None
-            for values, everything in ((states.top_k, vocab_size), (states.top_p, 1.0))
-        ]
-        return Filters(*limited, states.temperature.gpu[slots])
+    @property
+    def _vocab_size(self) -> int:
+        return self.vllm_config.model_config.get_vocab_size()
 
-    def _noise(self, batch: InputBatch) -> NoiseAt:
-        states, vocab_size = self._owner.states, self.vllm_config.model_config.get_vocab_size()
-        positions = self.sample_src_positions[: batch.num_reqs].clone()  # of the row after which the first drafts stand
+    def _noise(self, slots: torch.Tensor) -> NoiseAt:
+        positions = self.sample_src_positions[: len(slots)]  # of the row after which the first drafts stand
 
         def noise_at(depth: int) -> torch.Tensor:
             return coming_noise(
-                states.seeds.gpu, states.temperature.gpu, batch.idx_mapping, positions + depth - 1, self.logits.token_ids,
-                vocab_size, self.use_fp64_gumbel,
+                self.seeds, self.temperature, slots, positions + depth - 1, self.logits.token_ids, self._vocab_size,
+                self.use_fp64_gumbel,
             )  # fmt: skip
 
         return noise_at

@@ -38,10 +38,11 @@ def warm_up(runner: Any) -> None:
 def growth(runner: Any, vocab_size: int) -> None:
     """From logits to trees, and the walk down them."""
     config = runner.tree_config
+    batch = draft.Batch.of([draft.Request(0, config.num_draft_tokens)], config, runner.device)
     for logits in _as_the_head_gives_them(runner, vocab_size):
         for noise in (None, logits.float()):
             pool = draft.grow_pool(
-                [draft.Request(0, config.num_draft_tokens)],
+                batch,
                 logits[:, 0],
                 lambda level, logits=logits: logits[:, : level.token_ids.shape[1]],  # type: ignore[misc]
                 config,

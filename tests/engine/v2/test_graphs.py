@@ -1,0 +1,174 @@
+"""Trees in full CUDA graphs, captured and replayed without a GPU (graphs.py): the tokens are those of plain decoding."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.v2 import graphs
+from tests.engine.v2.bed import Answers, Bed, Case, prompts_of
+from tests.engine.v2.test_v2 import MANY, case, trees, with_trees
+from tests.models import random_eagle3_head, random_target
+from tests.tiers import exhaustive
+from vllm_eagle.bench.engines.drafters import ours
+from vllm_eagle.pair import TARGET
+
+SIZES = (2, 4, 36)  # passes of 1 and 4 requests with 8 drafts, levels of 2 and 4 requests: the rest is padding
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[Bed]:
+    found = Bed()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def plain(bed: Bed) -> tuple[Case, Answers]:
+    """More requests than run at a time, of unequal lengths: they come and go, and batches are padded."""
+    asked = case([MANY["greedy"], MANY["sampled"], MANY["greedy"], MANY["filtered"], MANY["penalties"]], 12)
+    asked = Case(asked.model, asked.prompts, [each | {"max_tokens": 8 + 3 * i} for i, each in enumerate(asked.params)])
+    return asked, bed.run(asked)
+
+
+@exhaustive
+@pytest.mark.parametrize(
+    ("is_async", "options"),
+    [(False, {}), (True, {}), (True, {"mode": "static"}), (False, {"mode": "chain"}), (True, {"coupled": False})],
+)
+def test_tokens_are_those_of_plain_decoding(bed: Bed, plain: tuple[Case, Answers], is_async: bool, options: dict[str, Any]) -> None:
+    asked, expected = plain
+    found = bed.run(with_trees(asked, trees(**options), is_async=is_async, capture_sizes=SIZES, patches=("splits",)))
+    assert found.token_ids == expected.token_ids
+    # Of every step that only decodes: the target's pass, the head's first pass, its levels.
+    assert found.stats["graphs"]["replayed"] > 2 * found.stats["num_passes"]
+    assert found.stats["num_moved"] > (0 if options.get("mode") != "chain" else -1)
+
+
+@exhaustive
+def test_prompts_beside_trees_are_no_part_of_a_graph(bed: Bed, plain: tuple[Case, Answers]) -> None:
+    """Prompts in pieces, and few blocks: captured passes, divided ones and requests that are computed anew take turns."""
+    asked, expected = plain
+    engine = trees() | {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "num_gpu_blocks_override": 14}
+    found = bed.run(with_trees(asked, engine, is_async=True, capture_sizes=SIZES))
+    assert found.token_ids == expected.token_ids
+    assert found.stats["graphs"]["replayed"] > 10
+
+
+@exhaustive
+def test_requests_with_unequal_numbers_of_rows(bed: Bed) -> None:
+    """As with vLLM's adaptive verification; here because the model's length ends in the middle of trees."""
+    longest = max(map(len, prompts_of(TARGET, 3)))
+    asked = case([MANY["greedy"], MANY["sampled"], MANY["filtered"]], 40, engine={"max_model_len": longest + 21})
+    graphs_of_any_rows = with_trees(asked, trees(), is_async=True, capture_sizes=SIZES, patches=("graphs_of_any_rows",))
+    uniform = with_trees(asked, trees(), is_async=True, capture_sizes=SIZES)
+    answers = [bed.run(each) for each in (asked, graphs_of_any_rows, uniform)]
+    assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
+    assert answers[1].stats["graphs"]["replayed"] > answers[2].stats["graphs"]["replayed"]
+
+
+@exhaustive
+def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
+    """Fewer nodes, fewer levels, chains: read on the device, in graphs for more."""
+    asked, expected = plain
+    options: list[dict[str, Any]] = [{}, {"max_depth": 1}, {"topk": 1}, {"num_draft_tokens": 2}, {"num_draft_tokens": 0}]
+    params = [each | {"extra_args": {"vllm_eagle": own}} for each, own in zip(asked.params, options, strict=True)]
+    wanted = Case(asked.model, asked.prompts, params)
+    found = bed.run(with_trees(wanted, trees(), is_async=True, capture_sizes=SIZES))
+    assert found.token_ids == expected.token_ids
+    assert found.stats["graphs"]["replayed"] > found.stats["num_passes"]
+
+
+@exhaustive
+def test_eagle3(bed: Bed, tmp_path: Path) -> None:
+    target, head = random_target(tmp_path / "target"), random_eagle3_head(tmp_path / "head")
+    asked = Case(str(target), [[5, 6, 7, 8], [9, 10]], [MANY["greedy"] | {"max_tokens": 12}, MANY["sampled"] | {"max_tokens": 9}])
+    engine = ours(str(head), 8, budget=False, topk=3, max_depth=3)
+    found = bed.run(with_trees(asked, engine, is_async=True, capture_sizes=SIZES))
+    assert found.token_ids == bed.run(asked).token_ids
+    assert found.stats["graphs"]["replayed"] > found.stats["num_passes"]
+
+
+@exhaustive
+def test_stale_trees_are_noticed(bed: Bed, plain: tuple[Case, Answers]) -> None:
+    """Where they are put into other tensors than those that a graph was captured with."""
+    asked, expected = plain
+    assert bed.run(with_trees(asked, trees(), capture_sizes=SIZES, patches=("stale_trees",))).token_ids != expected.token_ids
+
+
+@exhaustive
+@pytest.mark.parametrize(
+    ("broken", "refusal"),
+    [("fleeting_trees", "has been given back"), ("widths_by_what_was_drafted", "reads values"), ("options_from_the_host", "host")],
+)
+def test_what_a_gpu_would_not_capture_is_refused(bed: Bed, plain: tuple[Case, Answers], broken: str, refusal: str) -> None:
+    with pytest.raises(Exception, match=refusal):
+        bed.run(with_trees(plain[0], trees(), capture_sizes=SIZES, patches=(broken,)))
+
+
+def recorded(work: Any) -> graphs.Graph:
+    graph = graphs.Graph()
+    with graphs.captured(graph):
+        work()
+    return graph
+
+
+def test_a_replay_runs_what_was_captured_on_the_same_memory() -> None:
+    given, found, times = torch.zeros(3), torch.zeros(3), [2]
+
+    def work() -> None:
+        doubled = torch.cat([given[:2] * times[0], given[2:]])
+        found.copy_(doubled)
+        found[1:] += 1
+
+    graph = recorded(work)
+    given.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    times[0] = 100  # Python is no part of a graph
+    graph.replay()
+    assert found.tolist() == [2.0, 5.0, 4.0]
+    given.zero_()
+    graph.replay()
+    assert found.tolist() == [0.0, 1.0, 1.0]
+    graphs.forget()
+
+
+def test_what_a_graph_allocates_is_its_own() -> None:
+    given, kept = torch.ones(2), []
+    graph = recorded(lambda: kept.append(given + 1))
+    given.fill_(7.0)
+    graph.replay()
+    assert kept[0].tolist() == [8.0, 8.0]
+    graphs.forget()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x[0].item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: bool(x[0]),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.tensor([1.0]),
+        lambda x: x.repeat_interleave(x.long()),
+    ],
+)
+def test_what_waits_for_the_host_is_refused(work: Any) -> None:
+    x = torch.ones(2)
+    with pytest.raises(graphs.RefusedError, match="captured"):
+        recorded(lambda: work(x))
+    graphs.forget()
+
+
+def test_memory_that_was_given_back_is_refused() -> None:
+    out, fleeting = torch.zeros(2), [torch.ones(4)]
+    graph = recorded(lambda: out.copy_(fleeting[0][2:]))
+    graph.replay()
+    fleeting.clear()
+    with pytest.raises(graphs.RefusedError, match=r"\[\(2,\)\] has been given back"):
+        graph.replay()
+    graphs.forget()
