@@ -42,7 +42,8 @@ def flash_attention(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     query, table, starts = given["q"], given["block_table"].long(), given["cu_seqlens_q"].long()
     request = (torch.searchsorted(starts, torch.arange(len(query)), right=True) - 1).clamp(max=len(table) - 1)
     group = query.shape[1] // given["k"].shape[2]
-    key, value = (x[table].flatten(1, 2)[request].repeat_interleave(group, 2).float() for x in (given["k"], given["v"]))
+    whole = (x[table].flatten(1, 2)[request].float() for x in (given["k"], given["v"]))
+    key, value = (x[:, :, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3) for x in whole)
     seen = torch.arange(key.shape[1]) < given["seqused_k"][request][:, None]
     assert given["max_seqlen_k"] >= key.shape[1]  # as long as any context may be
     scores = torch.einsum("qhd,qkhd->qhk", query, key) * given["softmax_scale"]

@@ -87,7 +87,8 @@ class PrefixBuilder:
             slot_mapping=metadata.slot_mapping[metadata.plain_rows],
             causal=metadata.causal,
         )
-        metadata.plain = super().build(0, without_trees)  # type: ignore[misc]
+        # Fast: without FlashAttention 3's schedule, which would overwrite that of the whole batch, for the head's first pass.
+        metadata.plain = super().build(0, without_trees, fast_build=True)  # type: ignore[misc]
 
 
 class TreeImpl:

@@ -15,7 +15,7 @@ from tests.tiers import exhaustive
 from vllm_eagle.bench.engines.drafters import ours
 from vllm_eagle.pair import TARGET
 
-SIZES = (2, 4, 36)  # passes of 1 and 4 requests with 8 drafts, levels of 2 and 4 requests: the rest is padding
+SIZES = (3, 27)  # passes of 1 and 3 requests with 8 drafts, levels of 3 requests: the rest is padding
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +28,21 @@ def bed() -> Iterator[Bed]:
 @pytest.fixture(scope="module")
 def plain(bed: Bed) -> tuple[Case, Answers]:
     """More requests than run at a time, of unequal lengths: they come and go, and batches are padded."""
-    asked = case([MANY["greedy"], MANY["sampled"], MANY["greedy"], MANY["filtered"], MANY["penalties"]], 12)
-    asked = Case(asked.model, asked.prompts, [each | {"max_tokens": 8 + 3 * i} for i, each in enumerate(asked.params)])
+    params = [MANY[kind] | {"max_tokens": 5 + 3 * i} for i, kind in enumerate(("greedy", "sampled", "filtered", "greedy"))]
+    asked = case(params, 0, engine={"max_num_seqs": 3})
     return asked, bed.run(asked)
 
 
 @exhaustive
 @pytest.mark.parametrize(
-    ("is_async", "options"),
-    [(False, {}), (True, {}), (True, {"mode": "static"}), (False, {"mode": "chain"}), (True, {"coupled": False})],
+    ("options", "patches"),
+    [({}, ("splits",)), ({"mode": "static"}, ()), ({"mode": "chain"}, ()), ({"coupled": False}, ())],
 )
-def test_tokens_are_those_of_plain_decoding(bed: Bed, plain: tuple[Case, Answers], is_async: bool, options: dict[str, Any]) -> None:
+def test_tokens_are_those_of_plain_decoding(
+    bed: Bed, plain: tuple[Case, Answers], options: dict[str, Any], patches: tuple[str, ...]
+) -> None:
     asked, expected = plain
-    found = bed.run(with_trees(asked, trees(**options), is_async=is_async, capture_sizes=SIZES, patches=("splits",)))
+    found = bed.run(with_trees(asked, trees(**options), is_async=True, capture_sizes=SIZES, patches=patches))
     assert found.token_ids == expected.token_ids
     # Of every step that only decodes: the target's pass, the head's first pass, its levels.
     assert found.stats["graphs"]["replayed"] > 2 * found.stats["num_passes"]
@@ -51,7 +53,7 @@ def test_tokens_are_those_of_plain_decoding(bed: Bed, plain: tuple[Case, Answers
 def test_prompts_beside_trees_are_no_part_of_a_graph(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """Prompts in pieces, and few blocks: captured passes, divided ones and requests that are computed anew take turns."""
     asked, expected = plain
-    engine = trees() | {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "num_gpu_blocks_override": 14}
+    engine = trees() | {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "num_gpu_blocks_override": 10}
     found = bed.run(with_trees(asked, engine, is_async=True, capture_sizes=SIZES))
     assert found.token_ids == expected.token_ids
     assert found.stats["graphs"]["replayed"] > 10
@@ -60,8 +62,8 @@ def test_prompts_beside_trees_are_no_part_of_a_graph(bed: Bed, plain: tuple[Case
 @exhaustive
 def test_requests_with_unequal_numbers_of_rows(bed: Bed) -> None:
     """As with vLLM's adaptive verification; here because the model's length ends in the middle of trees."""
-    longest = max(map(len, prompts_of(TARGET, 3)))
-    asked = case([MANY["greedy"], MANY["sampled"], MANY["filtered"]], 40, engine={"max_model_len": longest + 21})
+    longest = max(map(len, prompts_of(TARGET, 2)))
+    asked = case([MANY["greedy"], MANY["sampled"]], 40, engine={"max_model_len": longest + 13, "max_num_seqs": 3})
     graphs_of_any_rows = with_trees(asked, trees(), is_async=True, capture_sizes=SIZES, patches=("graphs_of_any_rows",))
     uniform = with_trees(asked, trees(), is_async=True, capture_sizes=SIZES)
     answers = [bed.run(each) for each in (asked, graphs_of_any_rows, uniform)]
@@ -73,8 +75,8 @@ def test_requests_with_unequal_numbers_of_rows(bed: Bed) -> None:
 def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """Fewer nodes, fewer levels, chains: read on the device, in graphs for more."""
     asked, expected = plain
-    options: list[dict[str, Any]] = [{}, {"max_depth": 1}, {"topk": 1}, {"num_draft_tokens": 2}, {"num_draft_tokens": 0}]
-    params = [each | {"extra_args": {"vllm_eagle": own}} for each, own in zip(asked.params, options, strict=True)]
+    options: list[dict[str, Any]] = [{}, {"eagle_max_depth": 1}, {"eagle_topk": 1}, {"eagle_num_draft_tokens": 2}]
+    params = [each | {"extra_args": own} for each, own in zip(asked.params, options, strict=True)]
     wanted = Case(asked.model, asked.prompts, params)
     found = bed.run(with_trees(wanted, trees(), is_async=True, capture_sizes=SIZES))
     assert found.token_ids == expected.token_ids
@@ -84,7 +86,8 @@ def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
 @exhaustive
 def test_eagle3(bed: Bed, tmp_path: Path) -> None:
     target, head = random_target(tmp_path / "target"), random_eagle3_head(tmp_path / "head")
-    asked = Case(str(target), [[5, 6, 7, 8], [9, 10]], [MANY["greedy"] | {"max_tokens": 12}, MANY["sampled"] | {"max_tokens": 9}])
+    params = [MANY["greedy"] | {"max_tokens": 9}, MANY["sampled"] | {"max_tokens": 6}]
+    asked = Case(str(target), [[5, 6, 7, 8], [9, 10]], params, {"max_num_seqs": 3})
     engine = ours(str(head), 8, budget=False, topk=3, max_depth=3)
     found = bed.run(with_trees(asked, engine, is_async=True, capture_sizes=SIZES))
     assert found.token_ids == bed.run(asked).token_ids
