@@ -9,7 +9,6 @@ from unittest.mock import patch
 import torch
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from vllm_eagle.algorithm.draft import Limits
 from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
 from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, slots, speculator
@@ -114,11 +113,6 @@ def _copies(keep: Callable[[TreeRows], object]) -> Any:
         return fresh
 
     return rows
-
-
-def widths_by_what_was_drafted() -> AbstractContextManager[Any]:
-    """Levels are as wide as the scores of their nodes allow."""
-    return patch.object(speculator, "Limits", lambda **kwargs: Limits())
 
 
 def options_from_the_host() -> AbstractContextManager[Any]:
