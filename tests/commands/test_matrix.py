@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -42,7 +41,6 @@ BREAKS: dict[str, dict[str, object]] = {
     },
     "devices other than CPU and CUDA": {"device_config.device_type": "xpu"},
     "vLLM's V2 model runner on CPUs, its V1 runner on CUDA": {"use_v2_model_runner": True},
-    "CUDA graphs of whole steps": {"compilation_config.cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
     "CUDA attention backends other than FLASH_ATTN, TRITON_ATTN, CUSTOM": {
         "device_config.device_type": "cuda",
         "attention_config.backend": AttentionBackendEnum.FLASHINFER,

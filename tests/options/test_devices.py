@@ -171,16 +171,14 @@ def test_v1_is_kept_on_cpus_where_vllm_would_take_v2(
 
 
 @pytest.mark.parametrize("mode", [None, CUDAGraphMode.NONE, CUDAGraphMode.FULL])
-def test_cuda_graphs_are_piecewise_unless_the_user_says_otherwise(
+def test_cuda_graphs_are_left_to_vllm_and_the_user(
     mode: CUDAGraphMode | None, on: Callable[[str], None], random_models: dict[str, Path]
 ) -> None:
-    """What users say is left to the rule in support.py, which refuses whole graphs (test_matrix.py)."""
     given = CompilationConfig(cudagraph_mode=mode)
     args = asked(random_models, compilation_config=given)
     on("cuda")
     devices.fill_in(args)
-    assert args.compilation_config.cudagraph_mode == (CUDAGraphMode.PIECEWISE if mode is None else mode)
-    assert given.cudagraph_mode == mode
+    assert args.compilation_config.cudagraph_mode == given.cudagraph_mode == mode
 
 
 def test_the_worker_refuses_the_other_runner(random_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

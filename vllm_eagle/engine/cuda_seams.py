@@ -24,6 +24,7 @@ def of_attention() -> Iterator[tuple[Any, str, str, str]]:
         yield impl, "forward", FORWARD, file
         yield impl, "fused_output_quant_supported", "quant_key", "attention/cuda.py"
         yield builder, "build", BUILD, "attention/cuda.py"
+        yield builder, "get_varlen_cudagraph_max_query_len", "kv_cache_spec", "attention/cuda.py"
     yield (
         merge_attn_states,
         "merge_attn_states",
@@ -35,12 +36,13 @@ def of_attention() -> Iterator[tuple[Any, str, str, str]]:
 def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     """Of the V2 runner, its sampler, speculator and scheduler."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.worker.gpu import async_utils, input_batch, model_runner
+    from vllm.v1.worker.gpu import async_utils, cudagraph_utils, input_batch, model_runner
     from vllm.v1.worker.gpu.metrics import logits
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.sample import gumbel, logprob, sampler
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
     from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
     file = "engine/v2/worker.py"
     yield Worker, "__init__", "vllm_config local_rank rank distributed_init_method is_driver_worker", file
@@ -70,6 +72,12 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
         "prepare_attn",
         "input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config for_capture ubatch_idx "
         "model_specific_attn_metadata",
+        file,
+    )
+    yield (
+        cudagraph_utils.ModelCudaGraphManager,
+        "__init__",
+        "vllm_config device cudagraph_mode decode_query_len lora_capture_cases varlen_decode ubatch_runner",
         file,
     )
     yield model_runner, "sort_batch_req_ids", "draft_tokens decode_query_len", file
@@ -120,6 +128,17 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
         "num_speculative_tokens",
         file,
     )
+    yield EagleSpeculator, "init_cudagraph_manager", "cudagraph_mode", file
+    yield EagleSpeculator, "capture", "", file
+    file = "engine/v2/graphs.py"
+    yield (
+        SpeculatorCudaGraphManager,
+        "__init__",
+        "vllm_config device cudagraph_mode decode_query_len lora_capture_cases varlen_decode ubatch_runner",
+        file,
+    )
+    yield cudagraph_utils.CudaGraphManager, "capture", "create_forward_fn progress_bar_desc", file
+    yield cudagraph_utils.CudaGraphManager, "run_fullgraph", "desc", file
     file = "engine/v2/scheduler.py"
     yield AsyncScheduler, "_update_after_schedule", "scheduler_output", file
     yield Scheduler, "update_from_output", "scheduler_output model_runner_output", file

@@ -234,17 +234,6 @@ def _model_runner(config: VllmConfig) -> str | None:
     return f"vLLM's V1 model runner has no trees on {ours.device}, and it was chosen because of: {missing}; remove that"
 
 
-@_refused("CUDA graphs of whole steps", "they would hold attention without its tree; the mode is set to PIECEWISE by itself")
-def _cudagraph_mode(config: VllmConfig) -> str | None:
-    mode = config.compilation_config.cudagraph_mode
-    if not mode.has_full_cudagraphs():
-        return None
-    return (
-        f"cudagraph_mode {mode.name} captures attention without its tree; "
-        "set compilation_config.cudagraph_mode to PIECEWISE or NONE"
-    )
-
-
 @_refused(f"CUDA attention backends other than {', '.join(CUDA_BACKENDS)}", "these have tree rows; one is chosen by itself")
 def _attention_backend(config: VllmConfig) -> str | None:
     if config.device_config.device_type != "cuda":

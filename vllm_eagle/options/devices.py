@@ -2,14 +2,14 @@
 
 - CPU: its V1 model runner. Where Triton for CPUs is installed vLLM would take its V2 runner, unless an environment variable says
   otherwise. It is set, and stays set: workers are processes that read it again.
-- CUDA (not run on a GPU yet): its V2 model runner, which vLLM takes there by itself; asynchronous scheduling stays on. CUDA graphs
-  lie between attention layers and none around them: a graph of a whole step would hold attention without its tree.
+- CUDA (not run on a GPU yet): its V2 model runner, which vLLM takes there by itself; asynchronous scheduling stays on, and so do
+  CUDA graphs as vLLM has them. With FLASH_ATTN and TRITON_ATTN it captures passes of decoding requests as a whole, and drafting;
+  with xformers, which cannot be captured, it says so and leaves graphs between attention layers.
 
 What users have set is left alone here; support.py refuses what does not fit. The attention backend is chosen in the worker, which
 also puts ours in its place (attention/cuda.py).
 """
 
-import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,6 @@ def fill_in(args: Any) -> None:
         ValueError: the environment asks for the other model runner.
     """
     from vllm import envs
-    from vllm.config import CUDAGraphMode
     from vllm.triton_utils import HAS_TRITON
 
     ours = engine()
@@ -83,6 +82,3 @@ def fill_in(args: Any) -> None:
         args.async_scheduling = False
         if HAS_TRITON:
             os.environ[V2_RUNNER] = "0"
-    elif args.compilation_config.cudagraph_mode is None:
-        args.compilation_config = copy.copy(args.compilation_config)  # the caller's own object
-        args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
+from itertools import cycle
 from typing import Any
 from unittest.mock import patch
 
@@ -136,6 +137,12 @@ def graphs_of_any_rows() -> AbstractContextManager[Any]:
         stock(self, *args, **(kwargs | {"varlen_decode": True}))
 
     return patch.object(cudagraph_utils.ModelCudaGraphManager, "__init__", init)
+
+
+def launches_between_replays() -> AbstractContextManager[Any]:
+    """Every other time a graph is taken to do far more than is planned."""
+    turns = cycle((False, True))
+    return patch.object(speculator.TreeSpeculator, "_is_worth_it", lambda *args: next(turns))
 
 
 def splits() -> AbstractContextManager[Any]:

@@ -144,3 +144,25 @@ def test_late_reads_are_what_was_there_when_they_were_asked_for() -> None:
     assert seen == [([0, 1, 2], [0.5, 2.5]), [1, 2, 3]]
     late.poll()
     assert len(seen) == 2
+
+
+@needs_triton
+def test_a_graph_is_replayed_unless_far_less_is_planned() -> None:
+    from vllm_eagle.engine.v2.speculator import TreeSpeculator
+
+    worth = TreeSpeculator._is_worth_it
+    assert worth([2000, 2000], 200, None)
+    assert worth([2000, 2000], 200, (6, 5, 8))
+    assert not worth([2000, 2000], 200, (2, 2, 8))
+    assert worth([240, 240], 24, (1, 1, 8))  # few rows
+    assert worth([], 200, (1, 1, 8))
+
+
+@needs_triton
+def test_roots_see_themselves_before_anything_is_drafted() -> None:
+    """A captured pass takes every request for a tree."""
+    from vllm_eagle.engine.v2.slots import SlotTrees
+
+    found = SlotTrees(2, 4, torch.device("cpu"))
+    found.clear(torch.tensor([1]))
+    assert found.ancestors[:, 0].tolist() == [[True, False, False, False]] * 3

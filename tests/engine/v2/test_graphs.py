@@ -72,6 +72,42 @@ def test_requests_with_unequal_numbers_of_rows(bed: Bed) -> None:
 
 
 @exhaustive
+@pytest.mark.parametrize(
+    ("is_async", "patches"),
+    [
+        (True, ("splits", "nodes_cost")),
+        (False, ("nodes_cost", "launches_between_replays")),
+        (True, ("drafting_never_pays",)),
+        (True, ()),
+    ],
+)
+def test_a_budget(bed: Bed, plain: tuple[Case, Answers], is_async: bool, patches: tuple[str, ...]) -> None:
+    """How many nodes of each tree are verified is decided on the device: captured passes take any number.
+
+    Levels that are planned far narrower than they were captured run launch by launch.
+    """
+    asked, expected = plain
+    found = bed.run(with_trees(asked, trees(budget=True), is_async=is_async, capture_sizes=SIZES, patches=patches))
+    assert found.token_ids == expected.token_ids
+    stats = found.stats
+    assert stats["graphs"]["replayed"] > stats["num_passes"] / 2
+    if "nodes_cost" in patches:
+        assert len({size for size, number in enumerate(stats["trees_of_size"]) if number}) > 2
+    if "splits" in patches:
+        assert stats["graphs"]["replayed"] > 1.2 * stats["num_passes"]  # the target's passes, and most drafting
+
+
+@exhaustive
+def test_drafting_that_fails(bed: Bed, plain: tuple[Case, Answers]) -> None:
+    """From then on captured passes are over roots alone."""
+    asked, expected = plain
+    found = bed.run(with_trees(asked, trees(budget=True), capture_sizes=SIZES, patches=("drafting_fails", "nodes_cost")))
+    assert found.token_ids == expected.token_ids
+    assert found.stats["num_drafting_errors"] == 1
+    assert found.stats["graphs"]["replayed"] > found.stats["num_passes"] / 2
+
+
+@exhaustive
 def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """Fewer nodes, fewer levels, chains: read on the device, in graphs for more."""
     asked, expected = plain

@@ -2,6 +2,10 @@
 
 vLLM captures its loop over a chain for each padded number of requests. Trees are captured in its place, and besides for each way
 of drafting that the host can tell apart: captured is what all of a batch's requests need, and no more.
+
+Captured levels are as wide as they may be. Where the budget plans less, a graph drafts more than was planned, never less: while a
+pass has few rows that takes no longer. Where a graph would do far more than is planned, the levels run launch by launch instead
+(`TreeSpeculator._draft`). What is emitted does not depend on it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +28,7 @@ class Way:
 
 
 def ways(depth_limit: int, is_coupled: bool) -> list[Way]:
-    """Those that are captured: to the full depth and to half of it. Requests that ask for other depths take the next greater."""
+    """Those that are captured: to the full depth and to half of it. Other depths take the next greater, if it is not far."""
     depths = sorted({depth_limit, (depth_limit + 1) // 2})
     greedy, sampled, filtered = (False, False), (is_coupled, False), (is_coupled, True)
     return [Way(depth, *kind) for depth in depths for kind in dict.fromkeys((greedy, sampled, filtered))]

@@ -7,7 +7,7 @@
 
 Everything else is vLLM's. Its scheduler knows only how many drafts a request has; which they are, and all that is known of trees,
 stays on the device (slots.py), so steps are scheduled ahead and the host waits for nothing: what it wants to know comes late
-(late.py, counting.py). Not run on a GPU yet.
+(late.py, counting.py). Passes of decoding requests can be captured in CUDA graphs. Not run on a GPU yet.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
@@ -132,10 +133,20 @@ class EagleTreeRunner(GPUModelRunner):
         self.model_state.prepare_attn = with_trees
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's; then prepare compaction."""
+        """As vLLM's; then prepare compaction, and with a budget captured passes of requests with unequal numbers of rows."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._prepare_moves()
-        if self.tree_config.budget and self.lora_config is None:  # adapters go by rows that the host knows
+        if not self.tree_config.budget:
+            return
+        self.cudagraph_manager = ModelCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            self.cudagraph_manager.cudagraph_mode,
+            decode_query_len=self.decode_query_len,
+            lora_capture_cases=self.lora_capture_cases,
+            varlen_decode=True,
+        )
+        if self.lora_config is None:  # adapters go by rows that the host knows
             self.adaptive_verification = DraftSplit(
                 self.req_states,
                 self.input_buffers.query_start_loc,
