@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.bench.heads import ablation, kinds
+from vllm_eagle.bench.heads import ablation, draft_vocab, kinds
 from vllm_eagle.bench.speed import steps
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,13 @@ def test_modules_exist(module: str) -> None:
     assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or module == "vllm_eagle.patches"
 
 
-TABLES = {"heads": kinds.table, "ablation": ablation.table, "steps_f32": steps.table}
+TABLES = {
+    "heads": kinds.table,
+    "ablation": ablation.table,
+    "steps_f32": steps.table,
+    "steps_real": steps.table,
+    "draft_vocab": draft_vocab.table,
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
