@@ -75,6 +75,7 @@ def measured(dtype: str = "float32", **last: int) -> dict[str, Any]:
         "versions": {"vllm": "0.32.0", "torch": "2.11"},
         "host_mib": {PLAIN: 900, "trees": 1000},
         "device_mib": None,
+        "note": None,
     }
 
 
