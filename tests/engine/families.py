@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from vllm_eagle.algorithm.config import TreeConfig
+from vllm_eagle.algorithm.noise import peek_seeds
 from vllm_eagle.evaluate.simulate import replay
 from vllm_eagle.evaluate.texts import Text, read_texts, write_answers
 from vllm_eagle.train.data.examples import Example
@@ -21,6 +22,7 @@ PROMPTS = [list(range(10 + 7 * i, 30 + 9 * i)) for i in range(6)]
 NUM_TOKENS = 32
 NUM_PASSES = 60  # over the texts to be learnt
 NUM_DRAFT_TOKENS = 16
+MARGIN = TreeConfig.from_options(NUM_DRAFT_TOKENS, {}).depth_limit + 1  # tokens behind an answer, up to which trees may reach
 _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 # Class in transformers: what makes it special. Scales and caps are such that drafts without them would be wrong.
@@ -41,15 +43,12 @@ TARGETS: dict[str, dict[str, Any]] = {
     "SmolLM3": {"pad_token_id": 0, "tie_word_embeddings": False},
     "Glm4": {"pad_token_id": 0},
     "Olmo2": {"pad_token_id": 0},
-    "Exaone4": {"sliding_window": None},
     "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0, "embedding_multiplier": 6.0},
     "Nemotron": {},
     "Olmoe": {**_MOE, "pad_token_id": 0},
-    "PhiMoE": {"num_local_experts": 4},
     "StableLm": {},
 }
-_CONFIGS = {"Gemma3": "Gemma3TextConfig", "PhiMoE": "PhimoeConfig"}
-_CLASSES = {"PhiMoE": "PhimoeForCausalLM"}
+_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def model_of(family: str, **changes: Any) -> Any:
@@ -59,13 +58,21 @@ def model_of(family: str, **changes: Any) -> Any:
     sizes |= {"vocab_size": VOCAB, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": 512}
     sizes |= {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
     config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**sizes | TARGETS[family] | changes)
-    return getattr(transformers, _CLASSES.get(family, f"{family}ForCausalLM"))(config)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
 def answers(target: FrozenTarget, temperature: float) -> list[Text]:
-    """What the target says to the prompts; prompt i samples with seed i."""
-    margin = TreeConfig.from_options(NUM_DRAFT_TOKENS, {}).depth_limit + 1
-    return write_answers(target, PROMPTS, NUM_TOKENS, margin, temperature)
+    """What transformers has the target say to the prompts; prompt i samples with seed i."""
+    return write_answers(target, PROMPTS, NUM_TOKENS, MARGIN, temperature)
+
+
+def said(replies: list[list[list[int]]], temperature: float) -> list[Text]:
+    """The same of what vLLM has it say, NUM_TOKENS + MARGIN tokens: where two tokens are as likely, the two may differ."""
+    texts = []
+    for i, (prompt, [reply]) in enumerate(zip(PROMPTS, replies, strict=True)):
+        seeds = peek_seeds(torch.Generator().manual_seed(i), len(reply))
+        texts.append(Text(prompt + reply, len(prompt), NUM_TOKENS, seeds if temperature > 0 else torch.zeros_like(seeds)))
+    return texts
 
 
 def overfitted(target: FrozenTarget, method: Method, texts: list[Text]) -> Head:

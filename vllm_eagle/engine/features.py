@@ -17,7 +17,6 @@ HandedOn = Literal["sum", "first"]
 # itself, with or without something beside it. tests/engine/test_families.py holds each class against transformers'.
 LISTENED: dict[str, HandedOn] = {
     "CohereForCausalLM": "first",
-    "Exaone4ForCausalLM": "first",
     "Gemma2ForCausalLM": "sum",
     "Gemma3ForCausalLM": "sum",
     "GemmaForCausalLM": "sum",
@@ -26,7 +25,6 @@ LISTENED: dict[str, HandedOn] = {
     "MixtralForCausalLM": "sum",
     "NemotronForCausalLM": "sum",
     "OlmoeForCausalLM": "sum",
-    "PhiMoEForCausalLM": "first",
     "Qwen2MoeForCausalLM": "sum",
     "StablelmForCausalLM": "first",
 }
