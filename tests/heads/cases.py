@@ -222,11 +222,11 @@ CASES: dict[str, tuple[str, list[Change], str, str]] = {
 }  # fmt: skip
 
 
-def random_case(seed: int, target: Path) -> tuple[Base, list[Change], str]:
+def random_case(seed: int, target: Path, bases: dict[str, Base] = BASES) -> tuple[Base, list[Change], str]:
     """A base and up to three changes, with a name for the two."""
     rng = random.Random(seed)
-    name = rng.choice(sorted(BASES))
-    weights = BASES[name].weights()
+    name = rng.choice(sorted(bases))
+    weights = bases[name].weights()
     some = rng.choice(sorted(weights))
     size = rng.choice(["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"])
     classes = ["LlamaForCausalLM"], ["Qwen3ForCausalLM"], ["Eagle3LlamaForCausalLM"], [], ["X", "Y"]
@@ -283,4 +283,4 @@ def random_case(seed: int, target: Path) -> tuple[Base, list[Change], str]:
         ("quantized", put(quantization_config={"bits": 4})),
     ]  # fmt: skip
     chosen = rng.sample(kinds, rng.choice([1, 1, 2, 3]))
-    return BASES[name], [change for _, change in chosen], f"{seed}: {name}, {', '.join(label for label, _ in chosen)}"
+    return bases[name], [change for _, change in chosen], f"{seed}: {name}, {', '.join(label for label, _ in chosen)}"

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.engine.engines import engine, trees
 from tests.heads import cases
 from tests.heads.cases import BASES, CASES
-from tests.tiers import exhaustive, some
+from tests.tiers import some
 from vllm_eagle.engine import loaded
 from vllm_eagle.heads import served as serving
 from vllm_eagle.heads.form import vllms_form
@@ -117,33 +117,6 @@ def test_what_gets_no_values_or_goes_nowhere_is_named(llm: LLM, random_models: d
         folder = BASES[base].write(tmp_path / f"head{words[:3]}", change)
         with pytest.raises(ValueError, match=words):
             llm.collective_rpc(load, args=(str(folder), "eagle" if base == "vllm-1" else "eagle3"))
-
-
-@exhaustive
-@pytest.mark.parametrize("seed", range(0, 120, 3))
-def test_any_head_that_fits_is_served(seed: int, random_models: dict[str, Path], tmp_path: Path) -> None:
-    from vllm import SamplingParams
-
-    from tests.engine.engines import generate, tokens, tree_stats
-
-    target = random_models["target"]
-    base, changes, what = cases.random_case(seed, target)
-    folder = base.write(tmp_path / "head", *changes)
-    print(what)
-    try:
-        fits = judge(read_head(folder), Target.read(target)).verdict != "does not fit"
-    except ValueError:
-        fits = False
-    prompts, params = [[5, 9, 200, 31], [7]], SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
-    if not fits:
-        with pytest.raises(ValueError, match="speculative model"), engine(target, **trees(folder)):
-            pass
-        return
-    with engine(target) as llm:
-        plain = tokens(generate(llm, prompts, params))
-    with engine(target, **trees(folder)) as llm:
-        assert tokens(generate(llm, prompts, params)) == plain
-        assert tree_stats(llm)["num_verifications"] > 0
 
 
 @pytest.mark.parametrize(
