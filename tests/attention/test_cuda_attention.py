@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     from vllm_eagle.attention import cuda, flash
 
     for builder in (FlashAttentionMetadataBuilder, TritonAttentionMetadataBuilder):
-        monkeypatch.setattr(builder, "build", lambda self, prefix, common, fast=False: common)
+        monkeypatch.setattr(builder, "build", lambda self, prefix, common, fast_build=False: common)
     for impl in (FlashAttentionImpl, TritonAttentionImpl):
         monkeypatch.setattr(impl, "forward", plain_attention)
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", flash_attention, raising=False)
