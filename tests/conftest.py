@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         folder = tempfile.mkdtemp(prefix="starts-")
         config.stash[STARTS] = Path(folder, "starts")
-        starts.begin(config.stash[STARTS], limited=config.option.markexpr == "not exhaustive")
+        starts.begin(config.stash[STARTS], limited=config.option.markexpr == "not exhaustive and not interpreted")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,7 +1,8 @@
-"""Two tiers: what a contributor runs, and what is wide, marked `exhaustive` and run by `pytest -m exhaustive`.
+"""Tiers: what a contributor runs; what is wide, marked `exhaustive` and run by `pytest -m exhaustive`; what takes an hour.
 
 The default tier covers each promise once; where a promise is wide (every parameter, every kind of tree), it takes a few of the
-cases and the exhaustive tier all others.
+cases and the exhaustive tier all others. CUDA's engine end to end through Triton's interpreter is wide and slow: most of its cases
+are marked `interpreted`, for who touches it, and run by `pytest -m interpreted tests/engine/v2`.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 exhaustive = pytest.mark.exhaustive
+interpreted = pytest.mark.interpreted
 
 
 def some(values: Iterable[Any], *essential: Any) -> list[Any]:
