@@ -45,6 +45,26 @@ def responses(server: Server, body: Mapping[str, Any]) -> tuple[list[list[str]],
     return pieces, [{key: value for key, value in item.items() if key not in own} for item in events[-1]["response"]["output"]]
 
 
+def messages(server: Server, body: Mapping[str, Any]) -> tuple[list[list[str]], str]:
+    """Of /v1/messages: kind, name and joined deltas of each block of the answer, and why it ended."""
+    blocks: list[list[str]] = []
+    with server.http.stream("POST", "/v1/messages", json={"model": MODEL, "stream": True, **body}) as response:
+        assert response.status_code == 200, response.read()[:500]
+        events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line.startswith("data: {")]
+    ended = ""
+    for event in events:
+        if event["type"] == "content_block_start":
+            block = event["content_block"]
+            blocks.append([block["type"], block.get("name") or "", ""])
+        elif event["type"] == "content_block_delta":
+            delta = event["delta"]
+            blocks[event["index"]][2] += delta.get("text") or delta.get("thinking") or delta.get("partial_json") or ""
+        elif event["type"] == "message_delta":
+            ended = event["delta"]["stop_reason"]
+    assert events[-1]["type"] == "message_stop"
+    return blocks, ended
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_streams_add_up_to_those_without_trees(name: str, tmp_path: Path) -> None:
     parsers, text = CASES[name]
@@ -66,3 +86,11 @@ def test_streams_add_up_to_those_without_trees(name: str, tmp_path: Path) -> Non
         assert any(deltas(plain.stream(CHAT, chat)) == deltas(found) for _ in range(3))
         assert any(responses(plain, asked) == other for _ in range(3))
         assert deltas(found)["calls"] or deltas(found)["reasoning"]  # something was parsed
+        # This one takes no grammar from the client; the choice of a tool is one.
+        body: dict[str, Any] = {"messages": MESSAGES, "temperature": 0, "max_tokens": 200}
+        if "--tool-call-parser" in parsers:
+            body["tools"] = [{"name": t["function"]["name"], "input_schema": t["function"]["parameters"]} for t in TOOLS]
+            body["tool_choice"] = {"type": "tool", "name": "add"}
+        blocks, ended = messages(trees, body)
+        assert any(messages(plain, body) == (blocks, ended) for _ in range(3))
+        assert ("tool_use" in [kind for kind, _, _ in blocks]) == ("--tool-call-parser" in parsers)
