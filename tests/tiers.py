@@ -14,11 +14,11 @@ exhaustive = pytest.mark.exhaustive
 interpreted = pytest.mark.interpreted
 
 
-def some(values: Iterable[Any], *essential: Any) -> list[Any]:
-    """Values of `parametrize`, of which the default tier runs the essential ones."""
+def some(values: Iterable[Any], *essential: Any, others: Any = exhaustive) -> list[Any]:
+    """Values of `parametrize`, of which the tier of the test runs the essential ones, and a later one the others."""
     found = list(values)
     assert all(value in found for value in essential), "an essential case is none of the cases"
     return [
-        value if value in essential else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=exhaustive)
+        value if value in essential else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=others)
         for value in found
     ]

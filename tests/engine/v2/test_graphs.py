@@ -11,11 +11,16 @@ from tests.engine.v2 import graphs
 from tests.engine.v2.bed import Answers, Bed, Case, prompts_of
 from tests.engine.v2.test_v2 import MANY, case, trees, with_trees
 from tests.models import random_eagle3_head, random_target
-from tests.tiers import exhaustive
+from tests.tiers import exhaustive, interpreted
 from vllm_eagle.bench.engines.drafters import ours
 from vllm_eagle.pair import TARGET
 
 SIZES = (3, 27)  # passes of 1 and 3 requests with 8 drafts, levels of 3 requests: the rest is padding
+
+
+def slow_but(first: tuple[Any, ...], *others: tuple[Any, ...]) -> list[Any]:
+    """Cases of which the exhaustive tier runs the first."""
+    return [pytest.param(*first, marks=exhaustive), *(pytest.param(*other, marks=interpreted) for other in others)]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +38,9 @@ def plain(bed: Bed) -> tuple[Case, Answers]:
     return asked, bed.run(asked)
 
 
-@exhaustive
 @pytest.mark.parametrize(
     ("options", "patches"),
-    [({}, ("splits",)), ({"mode": "static"}, ()), ({"mode": "chain"}, ()), ({"coupled": False}, ())],
+    slow_but(({}, ("splits",)), ({"mode": "static"}, ()), ({"mode": "chain"}, ()), ({"coupled": False}, ())),
 )
 def test_tokens_are_those_of_plain_decoding(
     bed: Bed, plain: tuple[Case, Answers], options: dict[str, Any], patches: tuple[str, ...]
@@ -49,7 +53,7 @@ def test_tokens_are_those_of_plain_decoding(
     assert found.stats["num_moved"] > (0 if options.get("mode") != "chain" else -1)
 
 
-@exhaustive
+@interpreted
 def test_prompts_beside_trees_are_no_part_of_a_graph(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """Prompts in pieces, and few blocks: captured passes, divided ones and requests that are computed anew take turns."""
     asked, expected = plain
@@ -59,7 +63,7 @@ def test_prompts_beside_trees_are_no_part_of_a_graph(bed: Bed, plain: tuple[Case
     assert found.stats["graphs"]["replayed"] > 10
 
 
-@exhaustive
+@interpreted
 def test_requests_with_unequal_numbers_of_rows(bed: Bed) -> None:
     """As with vLLM's adaptive verification; here because the model's length ends in the middle of trees."""
     longest = max(map(len, prompts_of(TARGET, 2)))
@@ -71,15 +75,14 @@ def test_requests_with_unequal_numbers_of_rows(bed: Bed) -> None:
     assert answers[1].stats["graphs"]["replayed"] > answers[2].stats["graphs"]["replayed"]
 
 
-@exhaustive
 @pytest.mark.parametrize(
     ("is_async", "patches"),
-    [
+    slow_but(
         (True, ("splits", "nodes_cost")),
         (False, ("nodes_cost", "launches_between_replays")),
         (True, ("drafting_never_pays",)),
         (True, ()),
-    ],
+    ),
 )
 def test_a_budget(bed: Bed, plain: tuple[Case, Answers], is_async: bool, patches: tuple[str, ...]) -> None:
     """How many nodes of each tree are verified is decided on the device: captured passes take any number.
@@ -97,7 +100,7 @@ def test_a_budget(bed: Bed, plain: tuple[Case, Answers], is_async: bool, patches
         assert stats["graphs"]["replayed"] > 1.2 * stats["num_passes"]  # the target's passes, and most drafting
 
 
-@exhaustive
+@interpreted
 def test_drafting_that_fails(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """From then on captured passes are over roots alone."""
     asked, expected = plain
@@ -107,7 +110,7 @@ def test_drafting_that_fails(bed: Bed, plain: tuple[Case, Answers]) -> None:
     assert found.stats["graphs"]["replayed"] > found.stats["num_passes"] / 2
 
 
-@exhaustive
+@interpreted
 def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """Fewer nodes, fewer levels, chains: read on the device, in graphs for more."""
     asked, expected = plain
@@ -119,7 +122,7 @@ def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
     assert found.stats["graphs"]["replayed"] > found.stats["num_passes"]
 
 
-@exhaustive
+@interpreted
 def test_eagle3(bed: Bed, tmp_path: Path) -> None:
     target, head = random_target(tmp_path / "target"), random_eagle3_head(tmp_path / "head")
     params = [MANY["greedy"] | {"max_tokens": 9}, MANY["sampled"] | {"max_tokens": 6}]

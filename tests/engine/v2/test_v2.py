@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.v2.bed import Answers, Bed, Case, prompts_of
 from tests.models import random_eagle3_head, random_target
-from tests.tiers import exhaustive, some
+from tests.tiers import exhaustive, interpreted, some
 from vllm_eagle.bench.engines.drafters import ours
 from vllm_eagle.bench.passes.lora import random_adapter
 from vllm_eagle.pair import HEAD, TARGET
@@ -83,6 +83,7 @@ def plain(bed: Bed) -> tuple[Case, Answers]:
             ("cpu", True, {"coupled": False}),
         ],
         ("triton", True, {"budget": True}),
+        others=interpreted,
     ),
 )
 def test_requests_of_all_kinds(
@@ -133,7 +134,7 @@ def counted(found: Answers, asked: Case) -> None:
     assert in_answers >= 3  # others are of steps that were launched before it was known that an answer had ended
 
 
-@exhaustive
+@interpreted
 def test_where_drafting_does_not_pay_nothing_is_drafted(bed: Bed, plain: tuple[Case, Answers]) -> None:
     """Or to look at it, now and then. Steps without drafts are vLLM's own, but for the head's first pass and forgotten trees."""
     asked, expected = plain
@@ -146,7 +147,7 @@ def test_where_drafting_does_not_pay_nothing_is_drafted(bed: Bed, plain: tuple[C
     assert stats["ops_when_idle"].keys() <= IDLE
 
 
-@exhaustive
+@interpreted
 @pytest.mark.parametrize("is_async", [False, True])
 def test_drafting_that_fails_is_switched_off(bed: Bed, plain: tuple[Case, Answers], is_async: bool) -> None:
     asked, expected = plain
@@ -161,7 +162,7 @@ def test_drafting_that_fails_is_switched_off(bed: Bed, plain: tuple[Case, Answer
 REGEX = "(Janet|Tom) has [0-9]{1,3} (apples|pears) and [0-9]{2} (coins|books)[.]"
 
 
-@exhaustive
+@interpreted
 @pytest.mark.parametrize("is_async", [False, True])
 def test_what_requests_ask_for_besides(bed: Bed, is_async: bool) -> None:
     """Several answers each, logprobs of prompts and of given tokens, a grammar, and smaller trees or none."""
@@ -194,7 +195,7 @@ def test_processors_of_users(bed: Bed) -> None:
     assert bed.run(case(params, 12)).token_ids != expected.token_ids
 
 
-@exhaustive
+@interpreted
 @pytest.mark.parametrize("is_async", [False, True])
 def test_sessions_whose_prompt_goes_on(bed: Bed, is_async: bool) -> None:
     """They get no drafts; other requests do."""
