@@ -42,6 +42,7 @@ WORKS = (
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),
     ("on CUDA: CUDA graphs of whole steps and of drafting", f"captured and replayed without a GPU; {_INTERPRETED}", "test_graphs"),
     ("on CUDA: structured output", f"chains, as vLLM's scheduler masks them; {_INTERPRETED}", "test_v2"),
+    ("on CUDA: LoRA on the target", f"all requests have as many drafts; {_INTERPRETED}", "test_v2"),
     ("on CUDA: sessions whose prompt goes on after an answer", f"without drafts; {_INTERPRETED}", "test_v2"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
 )
@@ -49,7 +50,7 @@ OTHERWISE = (
     (
         "on CUDA: what the interpreter cannot show",
         "not run",
-        "FLASH_ATTN, xformers (CUSTOM), tensor parallelism, LoRA, quantized targets and real CUDA graphs in CUDA's engine; any GPU",
+        "FLASH_ATTN, xformers (CUSTOM), tensor parallelism, quantized targets and real CUDA graphs in CUDA's engine; any GPU",
     ),
     ("tensor-parallel ranks as Ray actors", "not run", "vLLM refuses them on CPUs; worker and scheduler go to them by name"),
     ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),
