@@ -182,12 +182,11 @@ def test_weights_that_vllm_would_read_besides_are_left_out(target: Path, tmp_pat
 
 
 def test_a_target_that_keeps_its_embedding_elsewhere_fits_no_head(tmp_path: Path) -> None:
-    """GPT-2, OPT; and attention sinks, which no tree kernel knows: seen in the names of the weights."""
+    """GPT-2, OPT: seen in the names of the weights."""
     head = BASES["vllm-1"].write(tmp_path / "head")
     names = {
         "transformer.wte.weight": "embedding in transformer.wte.weight, where no head finds it",
         "model.decoder.embed_tokens.weight": "embedding in model.decoder.embed_tokens.weight",
-        "model.layers.0.self_attn.sinks": "attention sinks (model.layers.0.self_attn.sinks)",
     }
     for i, (name, words) in enumerate(names.items()):
         folder = heads.write(tmp_path / str(i), models.llama_settings(), {name: torch.ones(2)})

@@ -156,8 +156,8 @@ def on_the_gpu_s_way(work: Callable[[], None]) -> None:
     """Growth asks its logits where they are."""
     grow = draft.grow_pool
 
-    def grow_there(requests: Any, logits: torch.Tensor, run_head: Any, *rest: Any) -> Any:
-        return grow(requests, logits.as_subclass(OnGPU), lambda level: run_head(level).as_subclass(OnGPU), *rest)
+    def grow_there(batch: Any, logits: torch.Tensor, run_head: Any, *rest: Any) -> Any:
+        return grow(batch, logits.as_subclass(OnGPU), lambda level: run_head(level).as_subclass(OnGPU), *rest)
 
     draft.grow_pool = grow_there
     try:
@@ -233,9 +233,10 @@ def grow(runner: Any, num_reqs: int, widths: list[int], noise: torch.Tensor | No
             return torch.zeros(num_reqs * width, row, dtype=torch.bfloat16)[:, :VOCAB].unflatten(0, (num_reqs, width))
 
         requests = [draft.Request(0, 16 - i, max_depth=8 - i % 3) for i in range(num_reqs)]
+        batch = draft.Batch.of(requests, config, torch.device("cpu"))
         limits = draft.Limits(widths=widths, fixed_width=True)
         noise_at = None if noise is None else lambda depth: noise
-        pool = draft.grow_pool(requests, logits(1)[:, 0], lambda level: logits(level.token_ids.shape[1]), config, noise_at, limits)
+        pool = draft.grow_pool(batch, logits(1)[:, 0], lambda level: logits(level.token_ids.shape[1]), config, noise_at, limits)
         roots = torch.zeros(num_reqs, dtype=torch.long)
         trees = rerank(roots, pool.tokens, pool.scores, pool.parents, pool.budgets, 1 + config.num_draft_tokens, config.depth_limit)
         walk(trees.token_ids, trees.parents, trees.num_nodes, trees.token_ids, config.depth_limit)
