@@ -108,7 +108,7 @@ def test_all_of_a_row_reaches_the_template(tmp_path: Path) -> None:
     shapes = ({"turns": ["a?"]}, {"messages": QUESTION}, {"conversations": [{"from": "human", "value": "a?"}]})
     path = write(tmp_path, *(row | beside for row in shapes), shapes[0] | styled, shapes[0])
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    prompts = [tokenizer.decode(ids) for ids in encode_prompts(str(target), path, arguments={"style": " run "})]
+    prompts = [tokenizer.decode(ids) for ids in encode_with_kinds(str(target), path, arguments={"style": " run "})[0]]
     assert prompts[:3] == ["add run <s><|system|>\nBe brief.</s><|user|>\na?</s><|assistant|>\n"] * 3
     assert prompts[3:] == [f" {style} <s><|user|>\na?</s><|assistant|>\n" for style in ("row", "run")]
 

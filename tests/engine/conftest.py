@@ -1,0 +1,22 @@
+"""What vLLM does to other libraries' classes is undone, so that tests do not disturb each other."""
+
+from collections.abc import Iterator
+
+import pytest
+from transformers import Olmo2Model, SmolLM3Model
+
+
+@pytest.fixture(autouse=True)
+def transformers_as_it_was() -> Iterator[None]:
+    """Where vLLM serves through transformers it decorates their classes in place, and these then ask for vLLM's configuration."""
+    before = [(cls, cls.__bases__, dict(vars(cls))) for cls in (Olmo2Model, SmolLM3Model)]
+    yield
+    for cls, bases, attributes in before:
+        if cls.__bases__ == bases:
+            continue
+        cls.__bases__ = bases
+        for name in vars(cls).keys() - attributes.keys():
+            delattr(cls, name)
+        for name, value in attributes.items():
+            if vars(cls)[name] is not value:
+                setattr(cls, name, value)
