@@ -3,10 +3,6 @@
 Our kernels run through Triton's interpreter, hence in a process of their own; vLLM's are plain torch.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +10,8 @@ import pytest
 import torch
 
 from tests.attention.cuda_parts import LAYER, new_impl
+from tests.attention.interpreted import interpreted, run, starts_it
 from tests.engine.v2 import graphs
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_all_of_it starts")
 
 MOST_REQS, MOST_NODES, BLOCK, BLOCKS, HEADS, KV_HEADS, DIM = 4, 9, 16, 20, 4, 2, 16
 BATCHES = [  # nodes and context of each request; the rest is padding
@@ -28,13 +22,9 @@ BATCHES = [  # nodes and context of each request; the rest is padding
 ]
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton")
+@starts_it
 def test_all_of_it() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    run(__file__)
 
 
 def flash_attention(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:

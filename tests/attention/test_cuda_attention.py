@@ -5,9 +5,6 @@ is imported, hence a process of its own.
 """
 
 import ast
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 from tests.attention.cuda_parts import LAYER, new_impl, runner_with
+from tests.attention.interpreted import interpreted, run, starts_it
 from vllm_eagle.algorithm.draft import Level
 from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.algorithm.verify import lay_out
@@ -25,17 +23,10 @@ from vllm_eagle.attention import interface
 from vllm_eagle.ops.cases import Attention, attention_inputs
 from vllm_eagle.ops.rows import TreeRows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_all_of_it starts")
 
-
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton")
+@starts_it
 def test_all_of_it() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    run(__file__)
 
 
 SIZES = [(17, 100), (5, 1), (30, 257), (1, 33)]  # nodes and context; the last is a request without a tree

@@ -57,8 +57,15 @@ def model_of(family: str, **changes: Any) -> Any:
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 4, "num_attention_heads": HEADS}
     sizes |= {"vocab_size": VOCAB, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": 512}
     sizes |= {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}
-    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**sizes | TARGETS[family] | changes)
+    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**sizes | TARGETS.get(family, {}) | changes)
     return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def even_embedding(model: Any) -> None:
+    """Give all tokens embeddings of one length around zero, as norms leave them."""
+    table = model.get_input_embeddings().weight
+    table -= table.mean(1, keepdim=True)
+    table /= table.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-6)  # the padding's row is zero
 
 
 def answers(target: FrozenTarget, temperature: float) -> list[Text]:

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.engines import ENGINE, engine, generate, tokens, tree_stats, trees
-from tests.engine.families import FFN, HEADS, HIDDEN, KV_HEADS, TARGETS, VOCAB, model_of
+from tests.engine.families import FFN, HEADS, HIDDEN, KV_HEADS, TARGETS, VOCAB, even_embedding, model_of
 from tests.heads import heads
 from tests.tiers import some
 from vllm_eagle.train.features.target import FrozenTarget
@@ -27,9 +27,7 @@ def random_target(folder: Path, family: str) -> Path:
             # Nemotron's norms multiply with one more than they store, which transformers begins with one.
             if "o_proj" in name or "down_proj" in name or (family == "Nemotron" and "norm" in name):
                 parameter.zero_()
-        table = model.get_input_embeddings().weight
-        table -= table.mean(1, keepdim=True)
-        table /= table.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-6)  # the padding's row is zero
+        even_embedding(model)
     model.save_pretrained(folder)
     return folder
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
-from tests.engine.test_targets import HEADS, HIDDEN, KV_HEADS, VOCAB, knowing_head
+from tests.engine.families import even_embedding, model_of
+from tests.engine.test_targets import knowing_head
 from tests.tiers import some
 
 WINDOW = 24
@@ -23,17 +23,11 @@ TARGETS: dict[str, dict[str, Any]] = {
     "Exaone4": {"sliding_window": WINDOW, "sliding_window_pattern": 2, "tie_word_embeddings": False},
     "GptOss": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_scaling": None},
 }
-_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 
 
 def random_target(folder: Path, family: str) -> Path:
     """Layers that add a little to the token's embedding: enough that attention decides, so little that drafts are right."""
-    torch.manual_seed(8)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": HEADS}
-    sizes |= {"vocab_size": VOCAB, "num_key_value_heads": KV_HEADS, "head_dim": 32, "max_position_embeddings": 512}
-    sizes |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2}
-    config = getattr(transformers, _CONFIGS.get(family, f"{family}Config"))(**sizes | TARGETS[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = model_of(family, pad_token_id=0, **TARGETS[family])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name:
@@ -42,9 +36,7 @@ def random_target(folder: Path, family: str) -> Path:
                 parameter.zero_()
             elif name.endswith("sinks"):
                 parameter.normal_()
-        table = model.get_input_embeddings().weight
-        table -= table.mean(1, keepdim=True)
-        table /= table.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-6)  # the padding's row is zero
+        even_embedding(model)
     model.save_pretrained(folder)
     return folder
 

@@ -171,6 +171,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
   // With a window: per tree what its rows see of its own keys, and per row the first position that it sees.
   std::vector<std::vector<char>> own_masks(window > 0 ? num_trees : 0);
   std::vector<std::vector<int64_t>> lowest(window > 0 ? num_trees : 0);
+  std::vector<int64_t> seen_by_all(num_trees, 0);  // from here on every row sees the context
   for (int64_t i = 0; i < num_trees && window > 0; ++i) {
     own_masks[i].resize(row_counts[i] * key_counts[i]);
     for (int64_t r = 0; r < row_counts[i]; ++r) {
@@ -179,6 +180,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
       int64_t nth = -1;
       for (int64_t k = 0; k < key_counts[i]; ++k) own_masks[i][r * key_counts[i] + k] = sees[k] && ++nth > depth - window;
       lowest[i].push_back(std::max<int64_t>(0, lens[i] + depth - window + 1));
+      seen_by_all[i] = std::max(seen_by_all[i], lowest[i].back());
     }
   }
 
@@ -230,7 +232,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
         const int64_t count = std::min({TILE, part.end - at, block_size - within});
         const T* block = cache + blocks[i * block_table.stride(0) + at / block_size] * kv_cache.stride(0) + head * kv_cache.stride(1);
         unpack(tile, block, block + block_size * head_dim, key_at, value_at, within, count, block_size, head_dim);
-        const bool whole = window == 0 || *std::max_element(lowest[i].begin(), lowest[i].end()) <= at;
+        const bool whole = seen_by_all[i] <= at;
         if (!whole) {
           seen.assign(row_counts[i] * TILE, 0);
           for (int64_t r = 0; r < row_counts[i]; ++r)
