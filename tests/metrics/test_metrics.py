@@ -294,6 +294,17 @@ def test_a_missing_file_is_said_once_and_leaves_metrics_alone(said: list[str]) -
     assert "must run on this machine" in said[0]
 
 
+def test_the_end_of_a_worker_is_no_news(said: list[str]) -> None:
+    """Its file goes with it, while threads of the front ends still look."""
+    engine = Engine()
+    engine.create_file()
+    with stat_logger(engine):
+        assert exposed() != ""
+        stats_file.remove(engine.file)
+        assert exposed() == ""
+    assert said == []
+
+
 def comes_true(happens: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 30
     while not happens() and time.monotonic() < deadline:

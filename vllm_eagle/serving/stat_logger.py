@@ -93,24 +93,29 @@ class EagleStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]  # vLLM is
 
 
 class _Counters:
-    """The worker's, as they are at each call; none if they cannot be read, which is said once."""
+    """The worker's, as they are at each call; none if they cannot be read.
+
+    That is said once, and not after they have been read: a worker that ends takes its file along.
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self._warned = False
+        self._silent = False
 
     def __call__(self) -> TreeMetrics | None:
         try:
-            return stats_file.look(self._path)
+            metrics = stats_file.look(self._path)
         except (OSError, ValueError) as error:
-            if not self._warned:
-                self._warned = True
+            if not self._silent:
+                self._silent = True
                 logger.warning(
                     "No vllm_eagle_ metrics: the worker's counters cannot be read (%s). They are shared through a file, so "
                     "the worker must run on this machine.",
                     error,
                 )
             return None
+        self._silent = True
+        return metrics
 
 
 def tree_config(vllm_config: VllmConfig) -> TreeConfig:
