@@ -137,6 +137,23 @@ def test_prompts_that_the_model_cannot_take_are_left_out_and_counted(tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+def test_long_contexts_hold_the_texts_of_other_prompts(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    alone, long = (encode_prompts(str(TARGET), None, max_tokens=65, context_tokens=tokens) for tokens in (None, 1500))
+    assert max(map(len, alone)) < 300
+    assert len(long) == len(alone)
+    assert all(1500 - 300 < len(ids) <= 1500 for ids in long)
+    for i, ids in enumerate(long):
+        question, following = (tokenizer.decode(x).split("<|user|>\n")[1] for x in (alone[i], alone[(i + 1) % len(alone)]))
+        text = tokenizer.decode(ids).split("<|user|>\n")[1]
+        assert text.endswith("\n\n" + question)
+        assert text.startswith(following.split("</s>")[0])
+    # As far as the target has positions.
+    assert all(2048 - 65 - 300 < len(ids) <= 2048 - 65 for ids in encode_prompts(str(TARGET), None, 4, 65, 5000))
+    with pytest.raises(ValueError, match=r"contexts of 1500 tokens .* these have \d+; give --prompts with more of them"):
+        encode_prompts(str(TARGET), write(tmp_path, {"turns": ["a?"]}, {"prompt": "b"}), context_tokens=1500)
+
+
 def test_compare_runs_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, {"turns": ["word " * 3000]}, {"turns": ["a?"]}, {"turns": ["b?"]})
     given: list[list[list[int]]] = []

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
+from vllm_eagle.bench.engines.workloads import WORKLOADS
 from vllm_eagle.train.data.template import add_template_argument, parse_arguments
 
 T = TypeVar("T")
@@ -81,7 +82,14 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="in which all variants take turns (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument(
+        "--workload",
+        choices=list(WORKLOADS),
+        default="questions",
+        help="questions: the prompts, answered in 96 tokens; long_answers: in 256; long_contexts: in 64, each prompt behind "
+        "others' texts, 2,000 tokens in all (default %(default)s)",
+    )
+    parser.add_argument("--max-tokens", type=int, help="of an answer (default: the workload's)")
     parser.add_argument("--num-draft-tokens", type=int, default=16, help="most nodes per tree (default %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
@@ -162,6 +170,8 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--replay makes its own target and head; remove --real, --model and --head")
     args.model, args.head = _pair(args)
     args.concurrency = tuple(args.concurrency)
+    if args.max_tokens is None:
+        args.max_tokens = WORKLOADS[args.workload].max_tokens
     return run(_fill(Settings, args), args.out)
 
 

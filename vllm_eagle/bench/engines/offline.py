@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle.train.data.prompts import read_prompts
+from vllm_eagle.bench.engines.workloads import in_context
+from vllm_eagle.train.data.prompts import Prompt, read_prompts
 from vllm_eagle.train.data.report import DataReport
 from vllm_eagle.train.data.rows import RowError
 from vllm_eagle.train.data.template import ChatTemplate, check_ids
@@ -82,9 +84,11 @@ def timed_arguments(prompts: Sequence[list[int]], max_tokens: int, most: int, dt
     }
 
 
-def encode_prompts(model: str, path: Path | None, limit: int | None = None, max_tokens: int = 0) -> list[list[int]]:
+def encode_prompts(
+    model: str, path: Path | None, limit: int | None = None, max_tokens: int = 0, context_tokens: int | None = None
+) -> list[list[int]]:
     """As `encode_with_kinds`, the token ids alone."""
-    return encode_with_kinds(model, path, limit, max_tokens=max_tokens)[0]
+    return encode_with_kinds(model, path, limit, max_tokens=max_tokens, context_tokens=context_tokens)[0]
 
 
 def encode_with_kinds(
@@ -93,6 +97,7 @@ def encode_with_kinds(
     limit: int | None = None,
     arguments: dict[str, Any] | None = None,
     max_tokens: int = 0,
+    context_tokens: int | None = None,
 ) -> tuple[list[list[int]], list[str | None]]:
     """Token ids and kinds of the prompts of a file (see train/data/prompts.py); chats through the model's template.
 
@@ -104,6 +109,7 @@ def encode_with_kinds(
         limit: most prompts.
         arguments: of the chat template.
         max_tokens: to come after a prompt.
+        context_tokens: most of a prompt, which is filled up with others' texts (workloads.py), as far as the target has positions.
 
     Raises:
         ValueError: the file is missing, broken or empty, or nothing in it can be used.
@@ -113,18 +119,28 @@ def encode_with_kinds(
     tokenizer, config, report = load_tokenizer(model), load_config(model).get_text_config(), DataReport()
     positions = getattr(config, "max_position_embeddings", None)
     path = path or BUILT_IN_PROMPTS
-    template: ChatTemplate | None = None
     prompts: list[list[int]] = []
     kinds: list[str | None] = []
-    for prompt in read_prompts(path):
+
+    @cache
+    def template() -> ChatTemplate:
+        return ChatTemplate(tokenizer, model, arguments)
+
+    def encode(prompt: Prompt) -> list[int]:
+        if isinstance(prompt.asked, str):
+            ids: list[int] = tokenizer(prompt.asked, verbose=False)["input_ids"]
+            return ids
+        return template().encode(template().rendered(prompt.asked, prompt.options, add_generation_prompt=True))
+
+    asked = read_prompts(path)
+    if context_tokens is not None:
+        room = context_tokens if positions is None else min(context_tokens, positions - max_tokens)
+        asked = iter(in_context(list(asked), room, encode))
+    for prompt in asked:
         if len(prompts) == limit:
             break
         try:
-            if isinstance(prompt.asked, str):
-                ids = tokenizer(prompt.asked, verbose=False)["input_ids"]
-            else:
-                template = template or ChatTemplate(tokenizer, model, arguments)
-                ids = template.encode(template.rendered(prompt.asked, prompt.options, add_generation_prompt=True))
+            ids = encode(prompt)
             check_ids(ids, tokenizer, getattr(config, "vocab_size", None))
             if positions is not None and len(ids) + max_tokens > positions:
                 raise RowError("too long", f"{len(ids)} tokens and {max_tokens} to come, the target takes {positions}")

@@ -23,6 +23,7 @@ from typing import Any
 from vllm_eagle.bench.engines import mended
 from vllm_eagle.bench.engines.drafters import ours, vllm_chain, vllm_medusa, vllm_ngram
 from vllm_eagle.bench.engines.offline import Generated, encode_prompts, prepare_environment, timed_arguments
+from vllm_eagle.bench.engines.workloads import WORKLOADS
 from vllm_eagle.bench.recorded.replay import write_pair
 from vllm_eagle.bench.speed import report
 from vllm_eagle.bench.speed.sides import device_bytes, engine_side, server_side
@@ -54,6 +55,7 @@ class Settings:
     http: bool = False
     enforce_eager: bool = False
     replay: str | None = None
+    workload: str = "questions"
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -99,9 +101,11 @@ def run(settings: Settings, out: Path | None) -> int:
             target, head = write_pair(Path(folder), settings.replay)
             settings = replace(settings, model=str(target), head=str(head))
         save = None if out is None else partial(report.write, folder=out)
-        result = measure(
-            settings, encode_prompts(settings.model, settings.prompts, max_tokens=settings.max_tokens + 1), variants(settings), save
+        context_tokens = WORKLOADS[settings.workload].context_tokens
+        prompts = encode_prompts(
+            settings.model, settings.prompts, max_tokens=settings.max_tokens + 1, context_tokens=context_tokens
         )
+        result = measure(settings, prompts, variants(settings), save)
     print("\n".join([report.table(result), *report.differences(result), *filter(None, [result["note"]])]))
     print(json.dumps(result))
     return int(report.is_wrong(result))
