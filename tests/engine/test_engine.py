@@ -96,6 +96,20 @@ def test_requests_that_reach_the_models_length(prompts: list[list[int]]) -> None
     assert stats["num_accepted"] > 0
 
 
+def test_nobody_waits_for_drafting(prompts: list[list[int]]) -> None:
+    """vLLM sends a step's tokens off before it asks for the next drafts."""
+    with engine(TARGET, **trees(HEAD, 16)) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        llm.llm_engine.add_request("a", {"prompt_token_ids": prompts[0]}, SamplingParams(temperature=0.0, max_tokens=60))
+        for _ in range(3):
+            drafted = tree_stats(llm)["num_drafted"]
+            outputs, executed = core.step_fn()
+            assert sum(len(output.new_token_ids) for output in outputs[0].outputs) > 0
+            assert tree_stats(llm)["num_drafted"] == drafted
+            core.post_step(executed)
+            assert tree_stats(llm)["num_drafted"] > drafted
+
+
 def run_by_hand(llm: LLM, prompts: list[list[int]], aborts: bool) -> dict[str, list[int]]:
     """Drive the engine step by step: abort two requests in flight, then submit one of their ids again with another prompt."""
     core = llm.llm_engine

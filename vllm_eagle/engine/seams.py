@@ -21,6 +21,7 @@ from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.eagle import EagleProposer
@@ -64,11 +65,13 @@ _RUNNER = (
         "spec_decode_metadata common_attn_metadata slot_mappings",
         "engine/v1/runner.py",
     ),
+    ("take_draft_token_ids", "", "engine/v1/runner.py"),
     ("_sync_device", "", "engine/v1/planning.py"),
 )
 
 # class (or module), method, parameters after self (or after the first one), the file here that relies on it
 _SEAMS = (
+    (EngineCore, "post_step", "model_executed", "engine/v1/runner.py"),
     (Scheduler, "add_request", "request", "engine/v1/scheduler.py"),
     (Scheduler, "update_draft_token_ids", "draft_token_ids", "engine/v1/scheduler.py"),
     (Scheduler, "get_grammar_bitmask", "scheduler_output", "engine/v1/scheduler.py"),

@@ -15,6 +15,7 @@ class StepClock:
         self._seconds = metrics.counts["stage_seconds"]
         self._now = self._then = self._seconds.copy()
         self._ended_s: float | None = None
+        self._paused_s = 0.0
         self._gap_s = 0.0
 
     def start_step(self) -> None:
@@ -26,11 +27,19 @@ class StepClock:
             self._then = self._now
         self._now = self._seconds.copy()
 
+    def pause(self) -> None:
+        """The step's tokens are handed over; drafting comes when they have been sent."""
+        self._paused_s = time.perf_counter()
+
+    def resume(self) -> None:
+        """Drafting begins."""
+        self._gap_s += time.perf_counter() - self._paused_s
+
     def end_step(self) -> None:
         """Drafting is done."""
         self._ended_s = time.perf_counter()
 
     def read(self) -> list[float]:
-        """Seconds before this step, of its pass until now, and of the last step's drafting."""
+        """Seconds outside of steps since the last one's drafting, of this step's pass, and of the last step's drafting."""
         spent = self._seconds - self._now
         return [self._gap_s, float(spent[_PASS].sum()), float((self._now - self._then)[_DRAFT])]

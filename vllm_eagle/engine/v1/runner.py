@@ -4,13 +4,14 @@
     _build_attention_metadata  hand the trees to attention
     _sample                    score all nodes, walk (scorer.py)
     _update_states_after_...   compact the accepted paths' keys and values
-    drafter.propose            grow the next trees (planning.py: for whom; proposer.py: how)
+    take_draft_token_ids       grow the next trees (planning.py: for whom; proposer.py: how), once the tokens are on their way
 
 Everything else is vLLM's. Trees live here, by request id; vLLM's scheduler sees ordinary draft tokens.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -70,6 +71,7 @@ class EagleTreeRunner(DraftPlanning):
         self._grammars = TreeGrammars(self.vllm_config)
         self._options = {}
         self._prompt_rows = []
+        self._draft: Callable[[], list[list[int]]] | None = None  # what is left to do of this step
         self.budget = None
         self._clock = StepClock(metrics)
         self._drafting = Plan(0)
@@ -210,7 +212,9 @@ class EagleTreeRunner(DraftPlanning):
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """As vLLM's, but grammars are applied node by node in `_sample` instead of to all rows at once."""
         self._grammar_output = grammar_output
-        return super().sample_tokens(None)
+        output = super().sample_tokens(None)
+        self._clock.pause()
+        return output
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         num_reqs = self.input_batch.num_reqs
@@ -282,19 +286,36 @@ class EagleTreeRunner(DraftPlanning):
         finally:
             generators.update(hidden)
 
-    def propose_draft_token_ids(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; if drafting fails, speculation is switched off and decoding goes on without it.
+    def propose_draft_token_ids(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Nothing yet: vLLM asks for drafts when it has sent the step's tokens off, so that nobody who reads waits for drafting."""
+        sampled = [token_ids.copy() for token_ids in sampled_token_ids]  # a scheduler in this process cuts them where answers end
+        self._draft = partial(self._draft_or_give_up, super().propose_draft_token_ids, scheduler_output, sampled, *args, **kwargs)
+        return []
+
+    @torch.inference_mode()
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Draft, then as vLLM's."""
+        if self._draft is not None:
+            draft, self._draft = self._draft, None
+            self._draft_token_ids = draft()
+        return super().take_draft_token_ids()
+
+    def _draft_or_give_up(self, propose: Callable[..., Any], scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Draft; if that fails, speculation is switched off and decoding goes on without it.
 
         Nothing that is emitted depends on drafting, so this is exact. With tensor parallelism one rank cannot stop alone, while the
         others wait for it: the error ends the engine there, as vLLM's own errors do.
         """
+        self._clock.resume()
         if self.tree_metrics.counts["speculation_off"]:
             self.tree_metrics.count_decision("failed", len(self.input_batch.req_ids))
             return [[] for _ in self.input_batch.req_ids]
         try:
-            self._learn_costs(args[0])
+            self._learn_costs(scheduler_output)
             with self.tree_metrics.timed("draft"):
-                drafts = super().propose_draft_token_ids(*args, **kwargs)
+                drafts = propose(scheduler_output, *args, **kwargs)
             self._clock.end_step()
             return drafts
         except Exception:
