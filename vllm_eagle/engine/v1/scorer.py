@@ -53,7 +53,8 @@ class EagleTreeScorer:
         """
         if (thinking := metadata.thinking_budget_state_holder) is not None:
             thinking.in_spec_mode = False  # under speculation it counts rows by draft tokens; here there is one per request
-        if not grammars and logits.numel() <= _MOST_SCORES and is_greedy_row_by_row(metadata):
+        nothing_drafted = len(logits) == len(trees)
+        if not grammars and (nothing_drafted or logits.numel() <= _MOST_SCORES) and is_greedy_row_by_row(metadata):
             return self._score_at_once(logits, trees, metadata)
         walks = [Walk(tree) for tree in trees]
         starts = _starts(trees)
@@ -61,10 +62,13 @@ class EagleTreeScorer:
         walking = set(range(len(walks)))
         masks = {i: mask for i, mask_after in grammars.items() if (mask := mask_after(0)) is not None}
         while walking:
-            rows = torch.from_numpy(starts[:-1] + [walk.node for walk in walks])
+            standing = logits
+            if not nothing_drafted:
+                rows = torch.from_numpy(starts[:-1] + [walk.node for walk in walks])
+                standing = logits[async_tensor_h2d(rows, device=logits.device)]
             generators = {i: g for i, g in metadata.generators.items() if i in walking and i not in discarded}
             out = self._sampler(
-                logits=apply_masks(logits[async_tensor_h2d(rows, device=logits.device)], masks),
+                logits=apply_masks(standing, masks),
                 # Drafted tokens are no business of the sampler's: rows are requests, as without speculation.
                 sampling_metadata=replace(metadata, generators=generators, spec_token_ids=None),
             )
