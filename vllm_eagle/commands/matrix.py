@@ -41,7 +41,11 @@ WORKS = (
     ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),
     ("on CUDA: CUDA graphs of whole steps and of drafting", f"captured and replayed without a GPU; {_INTERPRETED}", "test_graphs"),
-    ("on CUDA: structured output", f"chains, as vLLM's scheduler masks them; {_INTERPRETED}", "test_v2"),
+    (
+        "on CUDA: structured output",
+        f"trees with xgrammar and guidance; chains with a reasoning parser; {_INTERPRETED}",
+        "test_grammars",
+    ),
     ("on CUDA: LoRA on the target", f"all requests have as many drafts; {_INTERPRETED}", "test_v2"),
     ("on CUDA: sessions whose prompt goes on after an answer", f"without drafts; {_INTERPRETED}", "test_v2"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),

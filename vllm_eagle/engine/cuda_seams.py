@@ -40,7 +40,7 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     from vllm.v1.worker.gpu.metrics import logits
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.sample import gumbel, logprob, sampler
-    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler, utils
     from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
     from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
@@ -142,3 +142,9 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     file = "engine/v2/scheduler.py"
     yield AsyncScheduler, "_update_after_schedule", "scheduler_output", file
     yield Scheduler, "update_from_output", "scheduler_output model_runner_output", file
+    yield Scheduler, "update_draft_token_ids_in_output", "draft_token_ids scheduler_output", file
+    yield Scheduler, "get_grammar_bitmask", "scheduler_output", file
+    file = "engine/v2/grammars.py"
+    yield utils.DraftTokensHandler, "__init__", "device", file
+    yield utils.DraftTokensHandler, "set_draft_tokens", "input_batch draft_tokens", file
+    yield utils.DraftTokensHandler, "get_draft_tokens", "", file

@@ -37,7 +37,7 @@ class Case:
 
     model: str
     prompts: Sequence[list[int]]
-    params: Sequence[dict[str, Any]]  # of SamplingParams; "regex" constrains
+    params: Sequence[dict[str, Any]]  # of SamplingParams; "structured": of StructuredOutputsParams
     adapters: Sequence[str] = ()  # folders of LoRA adapters; request i gets the i-th, the others none
     engine: dict[str, Any] = field(default_factory=dict)  # engine arguments; none of trees: plain
     attention: str = "triton"  # or "cpu": vLLM's CPU attention and our operator
@@ -152,8 +152,8 @@ def _params(asked: dict[str, Any]) -> Any:
     from vllm.sampling_params import StructuredOutputsParams
 
     asked = dict(asked)
-    if "regex" in asked:
-        asked["structured_outputs"] = StructuredOutputsParams(regex=asked.pop("regex"))
+    if "structured" in asked:
+        asked["structured_outputs"] = StructuredOutputsParams(**asked.pop("structured"))
     return SamplingParams(**asked)
 
 

@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
-from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, slots, speculator
+from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, scheduler, slots, speculator
 from vllm_eagle.engine.v2.budgeting import Budgeting
 from vllm_eagle.ops import tree_attention
 from vllm_eagle.ops.rows import TreeRows
@@ -53,6 +53,11 @@ def noise_of_elsewhere() -> AbstractContextManager[Any]:
     for module in (sampler, by_depth):
         stack.enter_context(patch.object(module, "draw", draw))
     return stack
+
+
+def chains_for_trees() -> AbstractContextManager[Any]:
+    """Grammars take a tree's nodes for a chain."""
+    return patch.object(scheduler, "parents_of", lambda drafts: [list(range(len(row))) for row in drafts.draft_token_ids])
 
 
 def drafting_fails() -> AbstractContextManager[Any]:

@@ -170,7 +170,7 @@ def test_what_requests_ask_for_besides(bed: Bed, is_async: bool) -> None:
         {"temperature": 1.0, "seed": 4, "n": 2},
         {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 1},
         {"temperature": 0.0, "logprob_token_ids": [5, 300, 17]},
-        {"temperature": 1.0, "seed": 5, "regex": REGEX},
+        {"temperature": 1.0, "seed": 5, "structured": {"regex": REGEX}},
         {"temperature": 0.0, "extra_args": {"eagle_num_draft_tokens": 0}},
         {"temperature": 1.0, "seed": 6, "extra_args": {"eagle_num_draft_tokens": 3, "eagle_topk": 1}},
         {"temperature": 0.0, "extra_args": {"eagle_max_depth": 1}},

@@ -30,7 +30,7 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_eagle.algorithm.draft import Level
-from vllm_eagle.engine.v1.scheduler import grammars_follow_trees
+from vllm_eagle.engine.grammars import grammars_follow_trees
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 

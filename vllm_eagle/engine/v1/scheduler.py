@@ -19,20 +19,15 @@ async mode.
 
 from dataclasses import replace
 
-from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from vllm_eagle.engine.grammars import grammars_follow_trees
+
 # By the name of the class: outlines may not be installed, and to import its module asks for it.
 _GRAMMAR_BACKENDS = {"XgrammarBackend": "xgrammar", "GuidanceBackend": "guidance", "OutlinesBackend": "outlines"}
-
-
-def grammars_follow_trees(vllm_config: VllmConfig) -> bool:
-    """Whether constrained requests draft trees, with the worker masking their nodes; chains masked by the scheduler otherwise."""
-    settings = vllm_config.structured_outputs_config
-    return not settings.reasoning_parser or settings.enable_in_reasoning
 
 
 class EagleTreeScheduler(Scheduler):

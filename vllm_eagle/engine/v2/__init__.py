@@ -7,7 +7,7 @@ sampler.py     all nodes sampled, the walk; rows.py: vLLM's sampler, asked row b
 by_depth.py    the walk where parameters depend on the path
 speculator.py  the head's first pass over accepted tokens, then levels, then the next trees; noise.py: what sampling will use
 graphs.py      drafting as one CUDA graph
-scheduler.py   how many drafts each request has in its next step
+scheduler.py   how many drafts each request has in its next step; grammars.py: what may follow each node of a constrained request
 
 late.py        copies and times that are looked at once they have arrived
 counting.py    what steps came to, for metrics and page

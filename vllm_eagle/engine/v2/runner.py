@@ -34,12 +34,14 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.engine.draft_vocab import logits_of
+from vllm_eagle.engine.grammars import grammars_follow_trees
 from vllm_eagle.engine.layers import target_layers
 from vllm_eagle.engine.loaded import name_aux_layers
 from vllm_eagle.engine.v2 import measuring
 from vllm_eagle.engine.v2.budgeting import Budgeting
 from vllm_eagle.engine.v2.counting import Counting, Step
 from vllm_eagle.engine.v2.drafts import Drafts, said, say
+from vllm_eagle.engine.v2.grammars import TreeTokens
 from vllm_eagle.engine.v2.late import LateReads
 from vllm_eagle.engine.v2.sampler import TreeSampler
 from vllm_eagle.engine.v2.slots import BatchTrees, SlotTrees
@@ -65,6 +67,7 @@ class EagleTreeRunner(GPUModelRunner):
         self.tree_config = TreeConfig.from_options(spec.num_speculative_tokens, vllm_config.additional_config.get(CONFIG_KEY, {}))
         self.late = LateReads(device)
         self.trees = SlotTrees(self.max_num_reqs, spec.num_speculative_tokens + 1, device)
+        self.draft_tokens_handler = TreeTokens(device, self.trees)
         self.batch_trees = BatchTrees(self.max_num_reqs, spec.num_speculative_tokens + 1, device)
         self.request_options = [RequestOptions()] * self.max_num_reqs
         self._depends_on_path = np.zeros(self.max_num_reqs, dtype=bool)
@@ -168,8 +171,9 @@ class EagleTreeRunner(GPUModelRunner):
         except ValueError as error:  # refused before it comes here, where the plugin is loaded
             logger.error("Request %s: %s; it is answered as if it had not asked.", req_id, error)
             found = RequestOptions()
-        # The scheduler makes bitmasks along a chain.
-        return dataclasses.replace(found, topk=1) if params.structured_outputs is not None else found
+        if params.structured_outputs is None or grammars_follow_trees(self.vllm_config):
+            return found
+        return dataclasses.replace(found, topk=1)  # vLLM makes bitmasks along a chain
 
     def measure_costs(self) -> None:
         """Find out what passes cost here, for the budget; takes seconds."""
