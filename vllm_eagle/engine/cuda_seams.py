@@ -36,7 +36,7 @@ def of_attention() -> Iterator[tuple[Any, str, str, str]]:
 def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     """Of the V2 runner, its sampler, speculator and scheduler."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.worker.gpu import async_utils, cudagraph_utils, input_batch, model_runner
+    from vllm.v1.worker.gpu import async_utils, attn_utils, block_table, cudagraph_utils, input_batch, model_runner
     from vllm.v1.worker.gpu.metrics import logits
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.sample import gumbel, logprob, sampler
@@ -130,6 +130,18 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     )
     yield EagleSpeculator, "init_cudagraph_manager", "cudagraph_mode", file
     yield EagleSpeculator, "capture", "", file
+    file = "engine/v2/catching_up.py"
+    yield attn_utils, "build_slot_mappings_by_layer", "kv_cache_config", file
+    yield (
+        attn_utils,
+        "build_attn_metadata",
+        "num_reqs num_tokens query_start_loc_gpu query_start_loc_cpu max_query_len seq_lens max_seq_len block_tables "
+        "slot_mappings kv_cache_config seq_lens_cpu_upper_bound dcp_local_seq_lens dcp_local_seq_lens_cpu_upper_bound positions "
+        "is_prefilling mm_req_doc_ranges model_specific_attn_metadata for_cudagraph_capture causal rswa_prefix_lens ubatch_idx "
+        "fast_prefill req_idx",
+        file,
+    )
+    yield block_table.BlockTables, "compute_slot_mappings", "idx_mapping query_start_loc positions num_tokens_padded out", file
     file = "engine/v2/graphs.py"
     yield (
         SpeculatorCudaGraphManager,

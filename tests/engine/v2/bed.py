@@ -40,7 +40,7 @@ class Case:
     params: Sequence[dict[str, Any]]  # of SamplingParams; "structured": of StructuredOutputsParams
     adapters: Sequence[str] = ()  # folders of LoRA adapters; request i gets the i-th, the others none
     engine: dict[str, Any] = field(default_factory=dict)  # engine arguments; none of trees: plain
-    attention: str = "triton"  # or "cpu": vLLM's CPU attention and our operator
+    attention: str = "triton"  # or "cpu": vLLM's CPU attention and our operator; "stock": vLLM's Triton attention, for plain
     is_async: bool = False
     patches: tuple[str, ...] = ()  # names of functions in breakages.py
     sessions: bool = False  # of several turns (tests/engine/test_sessions.py), one for each of `params`; no prompts
@@ -114,7 +114,7 @@ def _run(case: Case) -> Answers:
 
     arguments = ENGINE | case.engine
     with _configured(case), _broken(case.patches), graphs.installed() if case.capture_sizes else nullcontext():
-        if "spec_model" in arguments:
+        if "spec_model" in arguments or case.attention == "stock":
             from tests.engine.v2 import worker
 
             worker.register(case.attention)
@@ -134,7 +134,8 @@ def _run(case: Case) -> Answers:
                 stats, recent = (llm.collective_rpc(name)[0] for name in ("eagle_stats", "eagle_recent_trees"))
             stats |= {"graphs": dict(graphs.counts)}
             if case.audit:
-                stats |= {"host_reads": dict(audit.found), "ops_when_idle": dict(audit.when_idle), "num_idle": audit.num_idle}
+                stats |= {"host_reads": dict(audit.found), "num_idle": len(audit.idle)}
+                stats["idle"] = {number: dict(audit.of_idle_steps(number)) for number, _ in audit.idle}
         finally:
             llm.llm_engine.engine_core.shutdown()
     answers = [answer for output in outputs for answer in output.outputs]

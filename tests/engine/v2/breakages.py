@@ -14,6 +14,7 @@ from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
 from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, scheduler, slots, speculator
 from vllm_eagle.engine.v2.budgeting import Budgeting
+from vllm_eagle.engine.v2.drafts import Drafts
 from vllm_eagle.ops import tree_attention
 from vllm_eagle.ops.rows import TreeRows
 
@@ -71,6 +72,28 @@ def drafting_fails() -> AbstractContextManager[Any]:
         return stock(self, *args)
 
     return patch.object(speculator.TreeSpeculator, "_draft", draft)
+
+
+def drafting_comes_and_goes() -> AbstractContextManager[Any]:
+    """Nothing is planned for some steps, then for some everything."""
+    plans = cycle([Drafts(8, 3)] * 3 + [Drafts(0, 0)] * 6)
+    return patch.object(Budgeting, "plan", lambda self, num_decoding: next(plans))
+
+
+def nothing_is_put_off() -> AbstractContextManager[Any]:
+    """The head sees all tokens at once."""
+    return patch.object(speculator.TreeSpeculator, "_puts_off", lambda self, batch, features: False)
+
+
+def little_can_be_put_off() -> AbstractContextManager[Any]:
+    """There is room for three steps of two requests."""
+    stock = runner.Backlog
+    return patch.object(runner, "Backlog", lambda slots, dtype, device: stock(slots, dtype, device, 7 * 384 * 4))
+
+
+def what_was_put_off_is_dropped() -> AbstractContextManager[Any]:
+    """The head never catches up."""
+    return patch.object(speculator, "catch_up", lambda *args: None)
 
 
 def _believing(target: list[float], head: list[float]) -> AbstractContextManager[Any]:

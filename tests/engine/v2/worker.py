@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -24,10 +25,25 @@ class TritonInCPUsPlace(TreeTritonAttentionBackend):
         return "CPU_ATTN"
 
 
+class StockInCPUsPlace(TritonAttentionBackend):
+    """vLLM's own."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of CPU attention."""
+        return "CPU_ATTN"
+
+
+_BACKENDS = {
+    "triton": f"{__name__}.TritonInCPUsPlace",
+    "stock": f"{__name__}.StockInCPUsPlace",
+    "cpu": "vllm_eagle.attention.cpu.TreeCPUAttentionBackend",
+}
+
+
 def register(attention: str) -> None:
     """Put a backend in the place of the CPU's."""
-    path = f"{__name__}.TritonInCPUsPlace" if attention == "triton" else "vllm_eagle.attention.cpu.TreeCPUAttentionBackend"
-    register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    register_backend(AttentionBackendEnum.CPU_ATTN, _BACKENDS[attention])
     _cached_get_attn_backend.cache_clear()
 
 

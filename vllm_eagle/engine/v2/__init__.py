@@ -6,6 +6,7 @@ slots.py       the trees, by the slot of their request
 sampler.py     all nodes sampled, the walk; rows.py: vLLM's sampler, asked row by row
 by_depth.py    the walk where parameters depend on the path
 speculator.py  the head's first pass over accepted tokens, then levels, then the next trees; noise.py: what sampling will use
+backlog.py     what the head has not seen while nothing was drafted; catching_up.py: its passes over that
 graphs.py      drafting as one CUDA graph
 scheduler.py   how many drafts each request has in its next step; grammars.py: what may follow each node of a constrained request
 

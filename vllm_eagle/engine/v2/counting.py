@@ -31,6 +31,7 @@ class Step:
     num_tokens: int = 0
     num_prompt_tokens: int = 0
     num_trees: int = 0  # that were verified
+    num_caught_up: int = 0  # tokens of earlier steps that the head ran over
     depth: int = 0  # levels that were allowed
     level_rows: list[int] = field(default_factory=list)  # nodes of each level that the head ran over
     marks: list[tuple[str, Mark]] = field(default_factory=list)  # what begins there: a key of `_STAGES`, or "gap", or nothing
@@ -133,5 +134,5 @@ class Counting:
             pass_s = spent["verify"] + spent["accept"] + spent["compact"]
             self.budgeting.passed(gap_s, pass_s, step.num_tokens, step.num_prompt_tokens, step.num_trees)
             if step.depth:
-                rows = step.level_rows
-                self.budgeting.spent(spent["first"], step.num_tokens, spent["levels"], step.num_reqs, rows, step.depth)
+                rows, committed = step.level_rows, step.num_tokens + step.num_caught_up
+                self.budgeting.spent(spent["first"], committed, spent["levels"], step.num_reqs, rows, step.depth)

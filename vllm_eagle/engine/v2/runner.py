@@ -38,6 +38,7 @@ from vllm_eagle.engine.grammars import grammars_follow_trees
 from vllm_eagle.engine.layers import target_layers
 from vllm_eagle.engine.loaded import name_aux_layers
 from vllm_eagle.engine.v2 import measuring
+from vllm_eagle.engine.v2.backlog import Backlog
 from vllm_eagle.engine.v2.budgeting import Budgeting
 from vllm_eagle.engine.v2.counting import Counting, Step
 from vllm_eagle.engine.v2.drafts import Drafts, said, say
@@ -109,6 +110,11 @@ class EagleTreeRunner(GPUModelRunner):
         return self.sampler.sampling_states
 
     @property
+    def token_ids(self) -> torch.Tensor:
+        """[num_slots, max_model_len] int32, prompts and what was emitted."""
+        return self.req_states.all_token_ids.gpu
+
+    @property
     def paths(self) -> torch.Tensor:
         """[num_reqs, max_depth] int32, accepted nodes of this step, then zeros."""
         return self.rejection_sampler.paths
@@ -122,6 +128,8 @@ class EagleTreeRunner(GPUModelRunner):
         name_aux_layers(self.vllm_config)
         super().load_model(*args, **kwargs)
         self.speculator.logits = logits_of(self.speculator.model, self.model, self.vllm_config, self.tree_config, self.device)
+        if self.tree_config.budget:
+            self.speculator.backlog = Backlog(self.max_num_reqs, self.dtype, self.device)
         check_layers(self.compilation_config.static_forward_context, self.max_model_len)
         self.rejection_sampler = TreeSampler(
             self.sampler, self.speculative_config, self.device, self.trees, self.tree_config.depth_limit, self._depends_on_path
@@ -163,6 +171,8 @@ class EagleTreeRunner(GPUModelRunner):
         for new in scheduler_output.scheduled_new_reqs:
             slot, params = self.req_states.req_id_to_index[new.req_id], new.sampling_params
             self.request_options[slot] = self._options(new.req_id, params)
+            if self.speculator.backlog is not None:
+                self.speculator.backlog.forget(slot)
             self._depends_on_path[slot] = _depends_on_path(params) or self._has_processors
 
     def _options(self, req_id: str, params: SamplingParams) -> RequestOptions:
@@ -259,9 +269,11 @@ class EagleTreeRunner(GPUModelRunner):
         wanted = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
         trees, slots = self.trees, batch.idx_mapping
         self.counting.drafted(depth, wanted, trees.num_nodes[slots], trees.scores[slots], trees.depths[slots], trees.parents[slots])
-        off = sum(self.request_options[slot].num_draft_tokens == 0 for slot in batch.idx_mapping_np[wanted])
-        self.counting.metrics.count_decision("switched_off", off)
-        self.counting.metrics.count_decision("tree", int(wanted.sum()) - off)
+        mine, backlog = batch.idx_mapping_np[wanted], self.speculator.backlog
+        off = sum(self.request_options[slot].num_draft_tokens == 0 for slot in mine)
+        lost = 0 if backlog is None else sum(backlog.is_lost(slot) for slot in mine)
+        for decision, number in (("switched_off", off), ("left_behind", lost), ("tree", int(wanted.sum()) - off - lost)):
+            self.counting.metrics.count_decision(decision, number)
 
     def drafting_failed(self) -> None:
         """Say so, once; from the next step on the scheduler is told to schedule no drafts."""

@@ -23,6 +23,8 @@ from vllm_eagle.algorithm.draft import Batch, Level, Limits, NoiseAt, grow_pool
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.engine.draft_vocab import DraftLogits
 from vllm_eagle.engine.filters import Filters
+from vllm_eagle.engine.v2.backlog import Backlog
+from vllm_eagle.engine.v2.catching_up import catch_up
 from vllm_eagle.engine.v2.counting import Counting, Step
 from vllm_eagle.engine.v2.drafts import Drafts
 from vllm_eagle.engine.v2.graphs import DraftGraphs, Way, ways
@@ -53,6 +55,10 @@ class Owner(Protocol):
     def paths(self) -> torch.Tensor:
         """[num_reqs, max_depth] int32, accepted nodes of this step, then zeros."""
 
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[num_slots, max_model_len] int32, prompts and what was emitted."""
+
     def mark(self, stage: str) -> None:
         """A stage of the step begins."""
 
@@ -72,6 +78,8 @@ class TreeSpeculator(EagleSpeculator):
         self.logits: DraftLogits  # once the model is loaded
         self.is_off = False  # drafting has failed
         self.is_measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
+        self.backlog: Backlog | None = None  # None: the head sees all tokens at once
+        self._may_have_trees = np.ones(self.max_num_reqs, dtype=bool)  # by slot
         # By place in the batch; places of padding hold what was there before.
         self._root_features = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
         self._roots, self._context_lens = torch.zeros(2, self.max_num_reqs, dtype=torch.int64, device=device)
@@ -126,6 +134,10 @@ class TreeSpeculator(EagleSpeculator):
             return self.draft_tokens[: input_batch.num_reqs] if self.is_measuring_target else first_pass()
         if not self.is_off:
             try:
+                features = [*(aux_hidden_states or ())] or [last_hidden_states]
+                if not most_nodes and self._puts_off(input_batch, features):
+                    return self._nothing(input_batch, "budget")
+                self._catch_up(input_batch)
                 if input_batch.num_draft_tokens:
                     self._put_paths_first(input_batch, [last_hidden_states, *(aux_hidden_states or ())])
                 first_pass()
@@ -141,9 +153,28 @@ class TreeSpeculator(EagleSpeculator):
 
     def _nothing(self, batch: InputBatch, why: Decision) -> torch.Tensor:
         """What is verified of a slot must be what was drafted for it."""
-        self._owner.trees.clear(batch.idx_mapping)
+        if self._may_have_trees[batch.idx_mapping_np].any():
+            self._owner.trees.clear(batch.idx_mapping)
+            self._may_have_trees[batch.idx_mapping_np] = False
         self._owner.counting.metrics.count_decision(why, batch.num_reqs)
+        if why == "budget":  # nothing is scheduled, and vLLM writes -1 over all of it
+            return self.draft_tokens[: batch.num_reqs]
         return torch.zeros(batch.num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device)
+
+    def _puts_off(self, batch: InputBatch, features: Sequence[torch.Tensor]) -> bool:
+        """Whether the head need not see this step's tokens now, which are kept: all requests decode, and none has drafts."""
+        if self.backlog is None or batch.num_draft_tokens or batch.has_prefill:
+            return False
+        return self.backlog.keep(batch.idx_mapping_np, features)
+
+    def _catch_up(self, batch: InputBatch) -> None:
+        """Run the head over what it has not seen of a batch's requests."""
+        if self.backlog is None:
+            return
+        waiting = self.backlog.take(batch.idx_mapping_np)
+        if waiting is not None:
+            catch_up(self, batch, waiting, self._owner.token_ids)
+            self._owner.step.num_caught_up = int(waiting.counts.sum())
 
     @property
     def most_level_rows(self) -> int:
@@ -184,6 +215,7 @@ class TreeSpeculator(EagleSpeculator):
             level_rows.extend(captured)
         else:
             self._grow(num_reqs, way, level_rows, planned, int(batch.seq_lens_cpu_upper_bound[:num_reqs].max()))
+        self._may_have_trees[batch.idx_mapping_np] = True
         self._owner.drafted(batch, depth)
         return self.draft_tokens[:num_reqs]
 
@@ -206,8 +238,8 @@ class TreeSpeculator(EagleSpeculator):
         self._context_lens[num_reqs:] = 0
         asked = np.array(
             [
-                (min(self.num_speculative_steps, each.num_draft_tokens), min(each.max_depth, depth), each.topk, top_k)
-                for each, top_k in zip(options, states.top_k.np[places], strict=True)
+                (min(self.num_speculative_steps, number), min(each.max_depth, depth), each.topk, top_k)
+                for each, number, top_k in zip(options, self._most_drafts(places), states.top_k.np[places], strict=True)
             ],
             dtype=np.int64,
         )
@@ -217,6 +249,11 @@ class TreeSpeculator(EagleSpeculator):
             self._top_p[:num_reqs] = states.top_p.gpu[slots]
         has_noise = self._config.coupled and bool(states.temperature.np[places].any())
         return Way(min(self._config.depth_limit, int(asked[:, 1].max())), has_noise, is_filtered)
+
+    def _most_drafts(self, slots: np.ndarray) -> list[int]:
+        """That requests may have."""
+        options, backlog = self._owner.request_options, self.backlog
+        return [0 if backlog is not None and backlog.is_lost(slot) else options[slot].num_draft_tokens for slot in slots]
 
     def _grow_captured(self, num_reqs: int, way: Way) -> None:
         """What a graph holds: nothing of it is decided by the host later."""
