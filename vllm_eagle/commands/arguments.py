@@ -103,6 +103,10 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile; starts sooner, runs slower")
     parser.add_argument("--http", action="store_true", help="through servers, with the load generator of `vllm bench serve`")
     parser.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
+    alone = parser.add_argument_group("one engine, where time is short (ratios are then between calls)")
+    alone.add_argument("--alone", metavar="VARIANT", help="measure this one, or plain, and nothing beside it")
+    alone.add_argument("--temperatures", type=float, nargs="+", help="with --alone, instead of --temperature")
+    alone.add_argument("--minutes", type=float, help="with --alone: begin nothing more after so many")
     parser.set_defaults(run=_bench)
 
 
@@ -172,6 +176,14 @@ def _bench(args: argparse.Namespace) -> int:
     args.concurrency = tuple(args.concurrency)
     if args.max_tokens is None:
         args.max_tokens = WORKLOADS[args.workload].max_tokens
+    if args.alone is not None:
+        from vllm_eagle.bench.speed import alone
+
+        if args.out is not None:
+            raise ValueError("--alone prints its result; remove --out")
+        return alone.run(_fill(Settings, args), args.alone, args.temperatures or [args.temperature], args.minutes)
+    if args.temperatures is not None or args.minutes is not None:
+        raise ValueError("--temperatures and --minutes go with --alone")
     return run(_fill(Settings, args), args.out)
 
 

@@ -1,1 +1,1 @@
-"""`vllm-eagle gpu-check`: kernels against their references, their times, then vLLM itself."""
+"""`vllm-eagle gpu-check`: kernels against their references, their times, vLLM itself; in parts (stages.py)."""

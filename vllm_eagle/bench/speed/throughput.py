@@ -76,6 +76,7 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
     named["trees"] = own()
     usual = list(named)
     named |= {f"vllm_chain{size}_adaptive": vllm_chain(settings.head, size, adaptive=True) for size in (3, 5)}
+    named |= {"uncoupled": own(coupled=False), "fixed_uncoupled": own(coupled=False, budget=False)}
     named |= {f"fixed{size}": ours(settings.head, size, budget=False) for size in _SWEEP}
     unknown = [name for name in settings.only or [] if name not in named]
     if unknown:
