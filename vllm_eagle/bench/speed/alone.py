@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle.bench.engines import mended
-from vllm_eagle.bench.engines.offline import encode_prompts, engine, prepare_environment, timed_arguments
+from vllm_eagle.bench.engines.offline import engine, prepare_environment, timed_arguments
 from vllm_eagle.bench.recorded.replay import write_pair
 from vllm_eagle.bench.speed import sustained
-from vllm_eagle.bench.speed.throughput import PLAIN, Settings, _asks, variants
+from vllm_eagle.bench.speed.throughput import PLAIN, Settings, _asks, encoded, variants
 
 # Passes of decoding requests as whole graphs, nothing compiled: that takes longer than measuring. For all variants alike.
 QUICK_START = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
@@ -43,7 +43,7 @@ def run(settings: Settings, name: str, temperatures: Sequence[float], minutes: f
             target, head = write_pair(Path(folder), settings.replay)
             settings = replace(settings, model=str(target), head=str(head))
         chosen = variants(replace(settings, only=None if name == PLAIN else [name]))[name]
-        prompts = encode_prompts(settings.model, settings.prompts, max_tokens=settings.max_tokens + 1)
+        prompts = encoded(settings)
         end_s = None if minutes is None else began_s + 60 * minutes
         for result in measure(settings, prompts, name, chosen, temperatures, end_s):
             print(json.dumps(result), flush=True)

@@ -102,14 +102,16 @@ def run(settings: Settings, out: Path | None) -> int:
             target, head = write_pair(Path(folder), settings.replay)
             settings = replace(settings, model=str(target), head=str(head))
         save = None if out is None else partial(report.write, folder=out)
-        context_tokens = WORKLOADS[settings.workload].context_tokens
-        prompts = encode_prompts(
-            settings.model, settings.prompts, max_tokens=settings.max_tokens + 1, context_tokens=context_tokens
-        )
-        result = measure(settings, prompts, variants(settings), save)
+        result = measure(settings, encoded(settings), variants(settings), save)
     print("\n".join([report.table(result), *report.differences(result), *filter(None, [result["note"]])]))
     print(json.dumps(result))
     return int(report.is_wrong(result))
+
+
+def encoded(settings: Settings) -> list[list[int]]:
+    """Token ids of the workload's prompts."""
+    context_tokens = WORKLOADS[settings.workload].context_tokens
+    return encode_prompts(settings.model, settings.prompts, max_tokens=settings.max_tokens + 1, context_tokens=context_tokens)
 
 
 def measure(
