@@ -62,6 +62,8 @@ BREAKS: dict[str, dict[str, object]] = {
     "fast prefill with shared KV caches, on CUDA": ON_CUDA | {"cache_config.kv_sharing_fast_prefill": True},
     "routed experts in outputs, on CUDA": ON_CUDA | {"aux_output_config.enabled": True},
     "vLLM's adaptive verification, on CUDA": ON_CUDA | {"speculative_config.enable_adaptive_verification": True},
+    "draft_window with other attention than TRITON_ATTN, on CUDA": ON_CUDA
+    | {"additional_config": {"vllm_eagle": {"draft_window": 64}}, "attention_config.backend": AttentionBackendEnum.FLASH_ATTN},
     "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},
 }
 
@@ -138,6 +140,8 @@ def test_no_rule_is_forgotten_here() -> None:
         ({"model_config.get_sliding_window": lambda: 64}, (9, 0), "TRITON_ATTN"),
         ({"model_config.get_sliding_window": lambda: 1 << 20}, (9, 0), "FLASH_ATTN"),
         ({"speculative_config.draft_model_config.get_sliding_window": lambda: 64}, (9, 0), "TRITON_ATTN"),
+        ({"additional_config": {"vllm_eagle": {"draft_window": 64}}}, (9, 0), "TRITON_ATTN"),
+        ({"additional_config": {"vllm_eagle": {"draft_window": 1 << 20}}}, (9, 0), "FLASH_ATTN"),
         ({"model_config.hf_text_config.attn_logit_softcapping": 50.0}, (9, 0), "FLASH_ATTN"),
         ({"model_config.get_head_size": lambda: 256}, (9, 0), "FLASH_ATTN"),
         ({"model_config.get_head_size": lambda: 256}, (10, 0), "TRITON_ATTN"),

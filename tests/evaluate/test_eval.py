@@ -135,17 +135,18 @@ def test_random_heads_accept_as_often_as_in_vllm(random_models: dict[str, Path],
     assert found.tau == pytest.approx(measured["tau"], rel=0.01)
 
 
+@pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_nodes_of_a_tree_are_chains_run_one_by_one(random_models: dict[str, Path], kind: str) -> None:
+def test_nodes_of_a_tree_are_chains_run_one_by_one(random_models: dict[str, Path], kind: str, window: int) -> None:
     """Positions, ancestors and parents: root row 6, two children, a child of the second."""
     target = FrozenTarget(random_models["target"], torch.float32)
     head = load_head(random_models[kind], target).eval()
     token_ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(12))
     inputs = target.features(token_ids, aux_layers(head.config)).inputs
-    places, trunk, chain = torch.arange(11)[None], UnrolledMemory(), ChainMemory()
+    places, trunk, chain = torch.arange(11)[None], UnrolledMemory(window), ChainMemory(window)
     with torch.no_grad():
         hidden, _ = head(token_ids[:, 1:], head.fuse(inputs[:, :11]), places, trunk)
-        levels = _Levels(head, *trunk.first, torch.tensor([6]), hidden[:, 6])
+        levels = _Levels(head, *trunk.first, torch.tensor([6]), hidden[:, 6], window)
         first = levels(Level(1, torch.tensor([[9, 4]]), torch.tensor([[0, 0]]), torch.eye(2, dtype=torch.bool)[None]))
         second = levels(Level(2, torch.tensor([[33]]), torch.tensor([[1]]), torch.tensor([[[False, True, True]]])))
         hidden, _ = head(token_ids[:, 1:8], head.fuse(inputs[:, :7]), places[:, :7], chain)

@@ -36,7 +36,7 @@ ROOMS = {
     "train/head": "files heads train/features",
     "train/run": "algorithm evaluate files heads train/data train/features train/head train/regenerate",
     "train/regenerate": "bench/engines files train/data train/features vllm",
-    "evaluate": "algorithm bench/engines files train/data train/features train/head",
+    "evaluate": "algorithm bench/engines files heads train/data train/features train/head",
     # measurements
     "bench": "",
     "bench/engines": "algorithm heads options train/data train/features vllm",

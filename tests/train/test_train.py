@@ -91,8 +91,9 @@ def head_for(target: FrozenTarget, method: str, token_ids: torch.Tensor) -> Head
 class ChainMemory(Memory):
     """The obvious way: all rows so far of one chain, the new ones see every earlier one and themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 0) -> None:
         self.key: torch.Tensor | None = None
+        self.window = window
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         past = 0 if self.key is None else self.key.shape[2]
@@ -102,19 +103,22 @@ class ChainMemory(Memory):
         keys, values = self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
         scores = query @ keys.transpose(2, 3) / query.shape[3] ** 0.5
         seen = torch.ones(query.shape[2], keys.shape[2]).tril(past).bool()
+        if self.window:
+            seen = seen.triu(past - self.window + 1)
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
 
 
+@pytest.mark.parametrize("window", [0, 2, 5])
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
-def test_unrolled_rows_are_chains_drafted_one_by_one(target: FrozenTarget, method: str) -> None:
+def test_unrolled_rows_are_chains_drafted_one_by_one(target: FrozenTarget, method: str, window: int) -> None:
     token_ids = torch.randint(2, VOCAB, (1, 14), generator=torch.Generator().manual_seed(3))
     head = head_for(target, method, token_ids)
     features = target.features(token_ids, aux_layers(head.config))
     inputs = features.fused if method == "eagle3" else features.last
     with torch.no_grad():
-        together = list(unroll(head, token_ids, inputs, 4))
+        together = list(unroll(head, token_ids, inputs, 4, window=window))
         for row in (0, 3, 7):
-            memory = ChainMemory()
+            memory = ChainMemory(window)
             places = torch.arange(row + 1)[None]
             hidden, ready = head(token_ids[:, 1 : row + 2], head.fuse(inputs[:, : row + 1]), places, memory)
             for step in range(4):

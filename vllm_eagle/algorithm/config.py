@@ -39,6 +39,11 @@ class TreeConfig:
         bool,
         "draft as deep and verify as many nodes as pay on this machine under this load, down to none; `false`: as many as allowed",
     ] = True
+    draft_window: Annotated[
+        int | None,
+        "newest tokens that the head attends to when it drafts, 0: all; without it, as many as the head says that it was trained "
+        "for; on CUDA then all",
+    ] = None
     draft_vocab: Annotated[bool, "draft the tokens of the head's `draft_vocab.json` only, if it has one; `false`: any token"] = True
     show_text: Annotated[bool, "let the `/eagle` page show the text of the last drafted trees"] = False
 
@@ -53,6 +58,14 @@ class TreeConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r} is not possible; set {name} to an integer from {low} to {high}")
+        window = self.draft_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
+            raise ValueError(f"draft_window={window!r} is not possible; set draft_window to a number of tokens, or to 0 for all")
+        if window and window <= self.depth_limit:
+            raise ValueError(
+                f"draft_window={window} would hide nodes from their own descendants, trees may be {self.depth_limit} deep; set "
+                f"draft_window to at least {self.depth_limit + 1}, or to 0 for all tokens"
+            )
         for name in ("coupled", "budget", "draft_vocab", "show_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not possible; set {name} to true or false")

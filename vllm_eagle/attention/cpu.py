@@ -79,6 +79,10 @@ class TreeCPUAttentionMetadataBuilder(PrefixBuilder, CPUAttentionMetadataBuilder
 class TreeCPUAttentionImpl(TreeImpl, CPUAttentionBackendImpl):
     """vLLM's CPU attention, plus verification passes over trees and the head's passes over tree levels."""
 
+    def limit_window(self, window: int) -> None:
+        """As TreeImpl's."""
+        self.sliding_window = window
+
     def attend(self, trees: TreePass) -> None:
         """Tree rows by our operator."""
         layout = self._layout(trees.layer, trees.kv_cache)

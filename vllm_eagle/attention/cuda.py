@@ -39,6 +39,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
+from vllm_eagle.attention.interface import window_is_asked
 from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass
 from vllm_eagle.ops.rows import TreeRows
 
@@ -64,6 +65,7 @@ def default_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
     flash = (
         capability is not None
         and FlashAttentionBackend.supports_compute_capability(capability)
+        and not window_is_asked(vllm_config)
         and not is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
         and all(_flash_attention_takes(model, vllm_config.model_config.max_model_len) for model in models if model is not None)
     )
@@ -130,6 +132,10 @@ class TreeGPUImpl(TreeImpl):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.supports_quant_query_input = False  # tree rows want the query as it is
+
+    def limit_window(self, window: int) -> None:
+        """As TreeImpl's; vLLM counts the positions before a row's own."""
+        self.sliding_window = (window - 1, 0)
 
     def attend(self, trees: TreePass) -> None:
         """Tree rows by our kernel alone."""

@@ -13,7 +13,10 @@ request's own block table.
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+
+from vllm_eagle.algorithm.config import CONFIG_KEY
 
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")  # in whose places cuda.py puts backends with tree rows
 
@@ -24,6 +27,12 @@ class TreeAttention(Protocol):
 
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
         """Why this layer cannot run tree rows; empty if it can."""
+
+
+def window_is_asked(vllm_config: VllmConfig) -> bool:
+    """Whether options ask for a window over what the head attends to, and not only the head itself."""
+    asked = vllm_config.additional_config.get(CONFIG_KEY, {}).get("draft_window") or 0
+    return 0 < asked < vllm_config.model_config.max_model_len
 
 
 def check_layers(layers: Mapping[str, Any], max_model_len: int) -> None:

@@ -135,6 +135,13 @@ class TreeImpl:
         """Tree rows are written in the model's type: vLLM may not leave it to attention to quantize them."""
         return False
 
+    def limit_window(self, window: int) -> None:
+        """Let each row see the newest `window` positions only, its own included. The cache keeps all of them, as it would without.
+
+        To be called before vLLM builds the metadata of such layers for the first time, which goes by their window.
+        """
+        raise NotImplementedError
+
     def attend(self, trees: TreePass) -> None:
         """Tree rows, of nodes to verify or of a level."""
         raise NotImplementedError

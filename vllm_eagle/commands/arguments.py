@@ -47,6 +47,12 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="use the first N prompts")
     parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[16], metavar="N", help="sizes of trees (default 16)")
     parser.add_argument("--mode", choices=["dynamic", "static", "chain"], default="dynamic", help="(default %(default)s)")
+    parser.add_argument(
+        "--draft-window",
+        type=int,
+        metavar="N",
+        help="newest tokens that the head sees, 0: all (default: those that it was trained for)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="prompt i samples with seed + i (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=128, help="per answer (default %(default)s)")

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
-from vllm_eagle.attention.interface import CUDA_BACKENDS
+from vllm_eagle.attention.interface import CUDA_BACKENDS, window_is_asked
 from vllm_eagle.engine.draft_vocab import named_tokens
 from vllm_eagle.engine.features import LISTENED
 from vllm_eagle.heads.check import misfits
@@ -331,6 +331,18 @@ _v2_rule(
     lambda c: bool(c.speculative_config.enable_adaptive_verification),
     "speculative_config.enable_adaptive_verification is for chains, trees have a budget of their own; remove it",
 )  # fmt: skip
+_v2_rule(
+    "draft_window with other attention than TRITON_ATTN", "the others would count it by row", lambda c: _wants_window(c),
+    "draft_window: only TRITON_ATTN counts a window by position along a tree; set attention_backend to it, or draft_window to 0",
+)  # fmt: skip
+
+
+def _wants_window(config: VllmConfig) -> bool:
+    """Whether a window over the head is asked for beside a backend that cannot have one; where none is chosen, one that can is."""
+    if not window_is_asked(config):
+        return False
+    chosen = (config.attention_config.backend, config.speculative_config.attention_backend)
+    return any(backend is not None and backend.name != "TRITON_ATTN" for backend in chosen)
 
 
 @_refused("quantized KV cache (fp8, int8, ...) on CPUs", "the CPU tree kernel reads no quantized cache")

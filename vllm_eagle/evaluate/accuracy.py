@@ -88,11 +88,12 @@ def measure_accuracy(
     depth: int = ALPHA_DEPTH,
     temperature: float = 0.0,
     token_shift: int = 1,  # see unroll()
+    window: int = 0,  # likewise
 ) -> Accuracy:
     """Alpha for chains of `depth` nodes, and how uncertain the target itself is."""
     total = Accuracy(depth)
     for read in batches:
-        drafts = _drafts(head, read, depth, temperature, token_shift)
+        drafts = _drafts(head, read, depth, temperature, token_shift, window)
         for i, text in enumerate(read.texts):
             _count(total, text.token_ids, text.num_prompt, text.num_answer, [step[i] for step in drafts])
         _count_uncertainty(total, target, read, drafts[0], temperature)
@@ -100,7 +101,7 @@ def measure_accuracy(
 
 
 def _drafts(
-    head: Head, read: Read, depth: int, temperature: float, token_shift: int
+    head: Head, read: Read, depth: int, temperature: float, token_shift: int, window: int
 ) -> list[torch.Tensor]:  # depth times [batch, seq] int64
     """The chain's token at every row and depth; row t of depth i stands for token t + 2 + i."""
     rows = torch.zeros_like(read.token_ids, dtype=torch.bool)
@@ -108,7 +109,7 @@ def _drafts(
         rows[i, text.num_prompt - 1 : text.num_prompt + text.num_answer - 1] = True
     where = rows.nonzero()
     drafts = []
-    for step, ready in enumerate(unroll(head, read.token_ids, read.features.inputs, depth, token_shift)):
+    for step, ready in enumerate(unroll(head, read.token_ids, read.features.inputs, depth, token_shift, window)):
         tokens = torch.zeros_like(read.token_ids)
         for some in where.split(ROWS):
             logits = head.logits(ready[some[:, 0], some[:, 1]], step).float()

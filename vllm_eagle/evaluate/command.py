@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm_eagle.evaluate import calibration
 from vllm_eagle.evaluate.accuracy import ALPHA_DEPTH
 from vllm_eagle.evaluate.measured import measure, nothing
 from vllm_eagle.evaluate.texts import write_answers
+from vllm_eagle.heads.window import window_of
 from vllm_eagle.train.data.template import parse_arguments
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head
@@ -39,6 +41,7 @@ class EvalSettings:
     batch: int
     out: Path | None
     chat_template_kwargs: dict[str, Any] | None = None
+    draft_window: int | None = None
 
     def trees(self) -> dict[str, TreeConfig]:
         """Tree options by name, e.g. tree16 as in `compare`.
@@ -47,7 +50,10 @@ class EvalSettings:
             ValueError: a size or mode that cannot be.
         """
         word = {"dynamic": "tree", "chain": "chain", "static": "static"}[self.mode]
-        return {f"{word}{n}": TreeConfig.from_options(n, {"mode": self.mode}) for n in self.num_draft_tokens}
+        return {
+            f"{word}{n}": TreeConfig.from_options(n, {"mode": self.mode, "draft_window": self.draft_window})
+            for n in self.num_draft_tokens
+        }
 
 
 def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None, progress: bool = False) -> dict[str, Any]:
@@ -72,6 +78,9 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
     head = load_head(settings.head, target).to(target.device).eval()
     for parameter in head.parameters():  # not the buffers: rotary angles stay float32, as in vLLM
         parameter.data = parameter.data.to(target.dtype)
+    positions = getattr(target.config, "max_position_embeddings", None) or sys.maxsize
+    windows = {name: window_of(config.draft_window, settings.head, positions) for name, config in trees.items()}
+    trees = {name: replace(config, draft_window=windows[name]) for name, config in trees.items()}
     margin = max([ALPHA_DEPTH, *(config.depth_limit for config in trees.values())]) + 1
     prompts, kinds = encode_with_kinds(
         settings.target, settings.prompts, settings.limit, settings.chat_template_kwargs, settings.max_tokens + margin
@@ -101,7 +110,7 @@ def evaluate(settings: EvalSettings, trees: dict[str, TreeConfig] | None = None,
     if settings.out is not None and curves:
         settings.out.mkdir(parents=True, exist_ok=True)
         calibration.draw(curves, settings.out / "reliability.png")
-    names = ("temperature", "seed", "max_tokens", "dtype", "mode", "chat_template_kwargs")
+    names = ("temperature", "seed", "max_tokens", "dtype", "mode", "chat_template_kwargs", "draft_window")
     result["settings"] = {"target": Path(settings.target).name, "head": settings.head.name} | {
         n: getattr(settings, n) for n in names
     }
@@ -151,6 +160,7 @@ def run(args: argparse.Namespace, target: str, head: str) -> int:
         batch=args.batch,
         out=args.out,
         chat_template_kwargs=parse_arguments(args.chat_template_kwargs),
+        draft_window=args.draft_window,
     )
     from transformers.utils import logging
 

@@ -55,7 +55,8 @@ def measure(
 ) -> Measured:
     """Measure chains and the given trees."""
     batches = list(read_texts(target, texts, aux_layers(head.config), batch))
-    accuracy = measure_accuracy(target, head, batches, head.max_steps or ALPHA_DEPTH, temperature)
+    window = max((config.draft_window or 0 for config in trees.values()), default=0)  # one for all: the head's, or the option
+    accuracy = measure_accuracy(target, head, batches, head.max_steps or ALPHA_DEPTH, temperature, window=window)
     replays = {name: replay(head, _counted(batches, on_batch), config, temperature) for name, config in trees.items()}
     return Measured(len(texts), sum(text.num_answer for text in texts), accuracy, replays)
 

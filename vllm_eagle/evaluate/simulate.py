@@ -93,7 +93,8 @@ class _Batch:
     def __init__(self, head: Head, read: Read, config: TreeConfig, temperature: float):
         self._head, self._texts, self._config, self._temperature = head, read.texts, config, temperature
         ids = F.pad(read.token_ids[:, 1:], (0, 1))
-        self._trunk = UnrolledMemory()
+        self._window = config.draft_window or 0
+        self._trunk = UnrolledMemory(self._window)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         self._hidden, self._ready = head(ids, head.fuse(read.features.inputs), positions, self._trunk)
 
@@ -117,7 +118,7 @@ class _Batch:
             for i, root in zip(chosen, roots, strict=True)
         ]
         keys, values = self._trunk.first
-        run_head = _Levels(self._head, keys[index], values[index], rows, self._hidden[index, rows])
+        run_head = _Levels(self._head, keys[index], values[index], rows, self._hidden[index, rows], self._window)
         noise = self._noise(chosen, roots) if self._temperature > 0 and self._config.coupled else None
         root_logits, ids = self._head.logits(self._ready[index, rows]).float(), self._head.target_ids
         return grow(requests, root_logits, run_head, self._config, noise, token_ids=ids)
@@ -134,7 +135,10 @@ class _Batch:
 
 
 class _Levels(Memory):
-    """Runs the head over one level after the other, each row over its text up to the root and its ancestors in the tree."""
+    """Runs the head over one level after the other, each row over its text up to the root and its ancestors in the tree.
+
+    A window is longer than any tree is deep (TreeConfig), so it hides none of the ancestors.
+    """
 
     def __init__(
         self,
@@ -143,16 +147,20 @@ class _Levels(Memory):
         values: torch.Tensor,
         rows: torch.Tensor,  # [num_reqs] int64, row of the root
         hidden: torch.Tensor,  # [num_reqs, hidden], what the head made of the root
+        window: int = 0,  # newest positions that a row sees; 0: all
     ):
         self._head, self._keys, self._values, self._rows = head, keys, values, rows
         self._hidden = hidden[:, None]
-        places = torch.arange(keys.shape[2], device=keys.device)
-        self._context = (places <= rows[:, None])[:, None]  # [num_reqs, 1, seq]
+        self._window, self._places = window, torch.arange(keys.shape[2], device=keys.device)
+        self._context = (self._places <= rows[:, None])[:, None]  # [num_reqs, 1, seq]
         self._mask = self._context
 
     def __call__(self, level: Level) -> torch.Tensor:
         width = level.token_ids.shape[1]
-        self._mask = torch.cat([self._context.expand(-1, width, -1), level.ancestors], 2)[:, None]
+        context = self._context
+        if self._window:
+            context = context & (self._places > (self._rows + level.depth - self._window)[:, None])[:, None]
+        self._mask = torch.cat([context.expand(-1, width, -1), level.ancestors], 2)[:, None]
         parents = level.parent_rows[:, :, None].expand(-1, -1, self._hidden.shape[2])
         positions = (self._rows + level.depth)[:, None].expand(-1, width)
         self._hidden, ready = self._head(level.token_ids, self._hidden.gather(1, parents), positions, self)

@@ -6,6 +6,7 @@ target      what a head must know of its target
 check       what is wrong with a head, whether it fits a target, what is odd about it
 form        the form in which vLLM builds exactly this head
 reading     where vLLM would read the folder as something else
+window      how many of the newest tokens it attends to
 judge       the one judgement that follows from these: fits, fits after convert, or does not fit
 served      the folder that vLLM gets: the head's own, or a converted copy in a cache
 convert     `vllm-eagle convert IN OUT`

@@ -221,8 +221,8 @@ def oddities(head: Head, target: Target | None) -> list[str]:
     positions = head.layer.get("max_position_embeddings")
     if target is not None and target.max_positions and isinstance(positions, int) and positions < target.max_positions:
         odd.append(
-            f"max_position_embeddings {positions} is below the target's {target.max_positions}: beyond it trees use positions "
-            "that the head may not know, and vLLM's own chains stop"
+            f"max_position_embeddings {positions} is below the target's {target.max_positions}: beyond it vLLM's own chains stop; "
+            f"trees go on, with a head that attends to the newest {positions} tokens (draft_window)"
         )
     odd += [
         f"{name} is all zeros"

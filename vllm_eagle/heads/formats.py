@@ -34,6 +34,7 @@ BIASED_ARCHITECTURE = "EagleBiasedLlamaForCausalLM"  # our class in vLLM's regis
 # Target and head of bench/recorded/replay_models.py
 REPLAYED_ARCHITECTURES = ("ReplayedLlamaForCausalLM", "EagleReplayedLlamaForCausalLM")
 NORM_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+WINDOW = "draft_window"  # in config.json: newest tokens that a head attends to; ours, which vLLM does not look at
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

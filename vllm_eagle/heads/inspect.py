@@ -9,6 +9,7 @@ from vllm_eagle.heads import draft_vocab
 from vllm_eagle.heads.formats import Head, read_head
 from vllm_eagle.heads.judge import judge
 from vllm_eagle.heads.target import Target
+from vllm_eagle.heads.window import trained_length
 
 _MAPS = ("d2t", "t2d")
 _WHAT_TO_DO = {"fits after convert": ": vllm serve does it by itself, vllm-eagle convert HEAD NEW_FOLDER for good"}
@@ -48,6 +49,7 @@ def inspect(folder: Path, target: Path | None) -> dict[str, Any]:
         "own_embedding": "embed_tokens.weight" in head.tensors,
         "own_lm_head": "lm_head.weight" in head.tensors,
         "max_position_embeddings": head.layer.get("max_position_embeddings"),
+        "draft_window": trained_length(folder),
         "rope": head.layer["rope_parameters"],
         "verdict": found.verdict,
         "wrong": list(found.wrong),
@@ -77,7 +79,7 @@ def run(folder: Path, target: Path | None, as_json: bool) -> int:
 
 
 def _text(report: dict[str, Any]) -> str:
-    eagle3 = report["kind"] == "EAGLE-3"
+    eagle3, window = report["kind"] == "EAGLE-3", report["draft_window"]
     heads = f"{report['num_heads']} heads of {report['head_dim']} ({report['num_kv_heads']} for keys and values)"
     vocabulary = str(report["vocab_size"])
     if report["draft_vocab_size"] != report["vocab_size"]:
@@ -98,6 +100,7 @@ def _text(report: dict[str, Any]) -> str:
         ("biases", ", ".join(biases) or "none"),
         *([("norms", ", ".join(report["norms"]) or "as in SafeAILab's EAGLE-3")] if eagle3 else []),
         ("positions", f"up to {report['max_position_embeddings']}, {rope}"),
+        *([("window", f"the newest {window} tokens, where texts are longer (draft_window)")] if window else []),
         ("vocabulary", vocabulary),
         ("reads", f"{layers} of targets with hidden size {report['target_hidden_size']} and that vocabulary"),
     ]

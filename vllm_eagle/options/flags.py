@@ -71,6 +71,8 @@ def _reading(annotated: Any) -> dict[str, Any]:
         return {}
     if annotated is Mode:
         return {"choices": get_args(Mode)}
+    if annotated == int | None:
+        annotated = int
     if annotated in (int, float):
         return {"type": annotated, "metavar": annotated.__name__.upper()}
     return {"type": json.loads, "metavar": "JSON"}

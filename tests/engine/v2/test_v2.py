@@ -96,6 +96,16 @@ def test_requests_of_all_kinds(
     counted(found, asked)
 
 
+@interpreted
+def test_a_window_over_the_head_changes_drafts_alone(bed: Bed) -> None:
+    asked = case([MANY["greedy"], MANY["sampled"]], 10)
+    expected = bed.run(asked)
+    whole, limited = (bed.run(with_trees(asked, trees(draft_window=window), attention="triton")) for window in (0, 12))
+    assert whole.token_ids == limited.token_ids == expected.token_ids
+    assert limited.stats["num_drafted"] > 0
+    assert limited.stats["tau"] != whole.stats["tau"]
+
+
 def same_logprobs(expected: Any, found: Any) -> None:
     """Of every position, with ranks."""
     assert len(expected) == len(found)

@@ -36,6 +36,7 @@ from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.budget.budget import Plan
 from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.features import listen
+from vllm_eagle.engine.head_window import limit_head
 from vllm_eagle.engine.layers import target_layers
 from vllm_eagle.engine.v1.clock import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
@@ -103,7 +104,9 @@ class EagleTreeRunner(DraftPlanning):
         """
         super().load_model(*args, **kwargs)
         self.drafter.logits = logits_of(self.drafter.model, self.get_model(), self.vllm_config, self.tree_config, self.device)
-        check_layers(self.compilation_config.static_forward_context, self.max_model_len)
+        layers = self.compilation_config.static_forward_context
+        check_layers(layers, self.max_model_len)
+        limit_head(self.vllm_config, self.tree_config, layers, self.drafter._draft_attn_layer_names)
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         """As vLLM's, which asks the target's class for features; listen to the layers of those that have no answer."""

@@ -35,6 +35,7 @@ from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.grammars import grammars_follow_trees
+from vllm_eagle.engine.head_window import limit_head
 from vllm_eagle.engine.layers import target_layers
 from vllm_eagle.engine.loaded import name_aux_layers
 from vllm_eagle.engine.v2 import measuring
@@ -130,7 +131,10 @@ class EagleTreeRunner(GPUModelRunner):
         self.speculator.logits = logits_of(self.speculator.model, self.model, self.vllm_config, self.tree_config, self.device)
         if self.tree_config.budget:
             self.speculator.backlog = Backlog(self.max_num_reqs, self.dtype, self.device)
-        check_layers(self.compilation_config.static_forward_context, self.max_model_len)
+        layers = self.compilation_config.static_forward_context
+        check_layers(layers, self.max_model_len)
+        if self.tree_config.draft_window is not None:  # a head's own is for CPUs: most backends here have none (support.py)
+            limit_head(self.vllm_config, self.tree_config, layers, self.speculator.draft_attn_layer_names)
         self.rejection_sampler = TreeSampler(
             self.sampler, self.speculative_config, self.device, self.trees, self.tree_config.depth_limit, self._depends_on_path
         )

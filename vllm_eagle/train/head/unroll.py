@@ -23,9 +23,13 @@ from vllm_eagle.train.head.models import Head
 
 
 class UnrolledMemory(Memory):
-    """Keys and values of the first pass and of every unrolled step so far."""
+    """Keys and values of the first pass and of every unrolled step so far.
 
-    def __init__(self) -> None:
+    With a window a row at position p sees positions above p - window only; 0: all.
+    """
+
+    def __init__(self, window: int = 0) -> None:
+        self._window = window
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
@@ -39,17 +43,28 @@ class UnrolledMemory(Memory):
         self._values.append(value)
         step = len(self._keys) - 1
         query = query.to(value.dtype)
+        if step == 0 and 0 < self._window < query.shape[2]:
+            seen = self._seen(query.shape[2], 0, query.device)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
         if step == 0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         query = query.unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # heads in groups that share keys
-        causal = torch.ones(query.shape[3], query.shape[3], dtype=torch.bool, device=query.device).tril()
-        texts = (query @ self._keys[0][:, :, None].transpose(-1, -2)).masked_fill(~causal, -torch.inf)
-        own = [(query * own[:, :, None]).sum(-1, keepdim=True) for own in self._keys[1:]]
+        num_rows = query.shape[3]
+        seen = self._seen(num_rows, step, query.device)
+        texts = (query @ self._keys[0][:, :, None].transpose(-1, -2)).masked_fill(~seen, -torch.inf)
+        # Of its own outputs those of the last steps.
+        first = 1 if self._window == 0 else max(1, step + 1 - self._window)
+        own = [(query * own[:, :, None]).sum(-1, keepdim=True) for own in self._keys[first:]]
         weights = torch.cat([texts, *own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        attended = weights[..., : causal.shape[0]] @ self._values[0][:, :, None]
-        for row, own_value in enumerate(self._values[1:], start=causal.shape[0]):
+        attended = weights[..., :num_rows] @ self._values[0][:, :, None]
+        for row, own_value in enumerate(self._values[first:], start=num_rows):
             attended = attended + weights[..., row : row + 1] * own_value[:, :, None]
         return attended.flatten(1, 2)
+
+    def _seen(self, num_rows: int, step: int, device: torch.device) -> torch.Tensor:
+        """[num_rows, num_rows] bool, which of the text's rows each row sees in this step, in which row t stands at t + step."""
+        seen = torch.ones(num_rows, num_rows, dtype=torch.bool, device=device).tril()
+        return seen.triu(step - self._window + 1) if self._window else seen
 
 
 def unroll(
@@ -58,6 +73,7 @@ def unroll(
     features: torch.Tensor,  # [batch, seq, features], the target's
     num_steps: int,
     token_shift: int = 1,  # 0, for comparison only: the token of the feature itself instead of the next one
+    window: int = 0,  # newest positions that a row sees; 0: all
 ) -> Iterator[torch.Tensor]:  # num_steps times [batch, seq, hidden]
     """Outputs of the first pass and the `num_steps - 1` unrolled ones; row t of step i stands for position t + 1 + i.
 
@@ -66,7 +82,7 @@ def unroll(
     if isinstance(head, MedusaHead):
         yield from head.drafts(features, num_steps)
         return
-    memory = UnrolledMemory()
+    memory = UnrolledMemory(window)
     hidden = head.fuse(features)
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     for step in range(num_steps):
