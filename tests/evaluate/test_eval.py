@@ -12,6 +12,7 @@ from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
 from tests.heads import heads
+from tests.heads.cases import DESIGNS
 from tests.models import random_eagle3_head
 from tests.tiers import some
 from tests.train.test_train import ChainMemory
@@ -27,6 +28,7 @@ from vllm_eagle.evaluate.simulate import Replay, _Levels, replay
 from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.heads.formats import read_config, read_head
 from vllm_eagle.heads.judge import judge
+from vllm_eagle.heads.target import Target
 from vllm_eagle.pair import EAGLE3_HEAD, HEAD, TARGET
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head, save_head
@@ -146,13 +148,26 @@ def test_nodes_of_a_tree_are_chains_run_one_by_one(random_models: dict[str, Path
     places, trunk, chain = torch.arange(11)[None], UnrolledMemory(window), ChainMemory(window)
     with torch.no_grad():
         hidden, _ = head(token_ids[:, 1:], head.fuse(inputs[:, :11]), places, trunk)
-        levels = _Levels(head, *trunk.first, torch.tensor([6]), hidden[:, 6], window)
+        levels = _Levels(head, trunk.first, torch.tensor([6]), hidden[:, 6], window)
         first = levels(Level(1, torch.tensor([[9, 4]]), torch.tensor([[0, 0]]), torch.eye(2, dtype=torch.bool)[None]))
         second = levels(Level(2, torch.tensor([[33]]), torch.tensor([[1]]), torch.tensor([[[False, True, True]]])))
         hidden, _ = head(token_ids[:, 1:8], head.fuse(inputs[:, :7]), places[:, :7], chain)
         for token, position, found in ((4, 7, first[0, 1]), (33, 8, second[0, 0])):
             hidden, ready = head(torch.tensor([[token]]), hidden[:, -1:], torch.tensor([[position]]), chain)
             torch.testing.assert_close(found, head.logits(ready)[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_every_design_is_read_and_written_as_vllm_has_it(random_models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    target = FrozenTarget(random_models["target"], torch.float32)
+    head = load_head(DESIGNS[name].write(tmp_path / "head"), target).eval()
+    save_head(head, tmp_path / "again", torch.float32)
+    found = judge(read_head(tmp_path / "again"), Target.read(random_models["target"]))
+    assert (found.verdict, found.differences) == ("fits", ())
+    again = load_head(tmp_path / "again", target)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in head.state_dict().items())
+    texts = write_answers(target, [[5, 6, 7]], 8, 9)
+    assert replay(head, read_texts(target, texts, aux_layers(head.config)), TreeConfig(8)).num_nodes > 0
 
 
 def test_heads_of_other_formats_are_read(random_models: dict[str, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.heads import heads
 from tests.heads.heads import DRAFT_VOCAB
-from tests.models import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB
+from tests.models import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB
 
 AUX = "eagle_aux_hidden_state_layer_ids"
 Settings = dict[str, Any]
@@ -164,6 +164,63 @@ def other_family(architecture: str, model_type: str) -> Change:
 def fc_norms(settings: Settings, weights: heads.Weights) -> None:
     weights |= {f"fc_norm.{i}.weight": rows("fc_norm")() for i in range(3)}
 
+
+def attention_biases(settings: Settings, weights: heads.Weights) -> None:
+    """Of all projections, as EAGLE-3's loaders have them."""
+    biased(settings, weights)
+    weights["layers.0.self_attn.o_proj.bias"] = torch.linspace(-1, 1, HIDDEN)
+
+
+def mlp_biases(settings: Settings, weights: heads.Weights) -> None:
+    for name, size in (("gate", FFN), ("up", FFN), ("down", HIDDEN)):
+        weights[f"layers.0.mlp.{name}_proj.bias"] = torch.linspace(-0.5, 0.5, size)
+
+
+def wide(settings: Settings, weights: heads.Weights) -> None:
+    """EAGLE-3: half as wide again as its target, with an embedding of its own."""
+    width, generator = HIDDEN * 3 // 2, torch.Generator().manual_seed(6)
+    shapes = {"fc.weight": (width, 3 * HIDDEN), "lm_head.weight": (DRAFT_VOCAB, width), "embed_tokens.weight": (VOCAB, width)}
+    for name, weight in weights.items():
+        if name.startswith("layers.0.") or name == "norm.weight":
+            shapes[name] = tuple({HIDDEN: width, 2 * HIDDEN: 2 * width}.get(size, size) for size in weight.shape)
+    for name, size in (("q", HEADS * HEAD_DIM), ("k", KV_HEADS * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM)):
+        shapes[f"layers.0.self_attn.{name}_proj.weight"] = (size, 2 * width)
+    shapes["layers.0.self_attn.o_proj.weight"] = (width, HEADS * HEAD_DIM)
+    shapes |= {f"layers.0.mlp.{name}_proj.weight": (FFN, width) for name in ("gate", "up")}
+    shapes["layers.0.mlp.down_proj.weight"] = (width, FFN)
+    for name, shape in shapes.items():
+        weights[name] = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 if len(shape) > 1 else torch.ones(shape)
+    settings |= {"hidden_size": width, "target_hidden_size": HIDDEN}
+
+
+def _design(base: str, *changes: Change) -> Base:
+    def changed() -> tuple[Settings, heads.Weights]:
+        settings, weights = json.loads(json.dumps(BASES[base].settings())), dict(BASES[base].weights())
+        for change in changes:
+            change(settings, weights)
+        return settings, weights
+
+    return Base(lambda: changed()[0], lambda: changed()[1])
+
+
+_LINEAR = put(rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_theta=2e4)
+# Designs of heads besides the usual ones: each is judged, served, measured and trained further as it is.
+DESIGNS: dict[str, Base] = {
+    "two layers, EAGLE-1": _design("vllm-1", second_layer),
+    "three layers, EAGLE-3": _design("vllm-3", three_layers),
+    "norm_before_residual": _design("vllm-3", put(norm_before_residual=True)),
+    "norm_output": _design("vllm-3", put(norm_output=True)),
+    "norm_before_fc": _design("vllm-3", tensor("input_norm.weight", lambda: rows("input_norm")()), put(norm_before_fc=True)),
+    "fc_norm": _design("vllm-3", lambda settings, weights: fc_norms(settings, weights), put(fc_norm=True)),
+    "q_norm and k_norm": _design("vllm-3", qwen3_norms),
+    "biases of q, k and v, EAGLE-1": _design("vllm-1", biased),
+    "biases of attention, EAGLE-1": _design("vllm-1", attention_biases),
+    "biases of attention, EAGLE-3": _design("vllm-3", attention_biases),
+    "biases of the MLP": _design("vllm-3", mlp_biases),
+    "a rotary embedding of its own, EAGLE-1": _design("vllm-1", _LINEAR),
+    "a rotary embedding of its own, EAGLE-3": _design("vllm-3", _LINEAR),
+    "a width of its own": _design("vllm-3", wide),
+}
 
 _FITS, _CONVERT, _NO = "fits", "fits after convert", "does not fit"
 _FC_INPUT = tensor("input_norm.weight", rows("input_norm"))

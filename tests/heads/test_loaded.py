@@ -73,7 +73,7 @@ def assert_vllm_holds(llm: LLM, folder: Path, target: Path) -> None:
     for name, value in parameters.items():
         sources = loaded.sources(name)
         shared = {"embed_tokens.weight": not own_embedding, "lm_head.weight": not own_lm_head}
-        if shared.get(sources[0]) or loaded._UNUSED.fullmatch(sources[0]):
+        if shared.get(sources[0]) or loaded.UNUSED.fullmatch(sources[0]):
             continue
         expected = torch.cat([tensors[source] for source in sources]).to(value.dtype)
         assert torch.equal(value[: len(expected)], expected), name  # vLLM pads vocabularies

@@ -22,6 +22,9 @@ from vllm_eagle.bench.engines.offline import encode_prompts
 from vllm_eagle.cli import main
 from vllm_eagle.evaluate.accuracy import measure_accuracy
 from vllm_eagle.evaluate.texts import read_texts, write_answers
+from vllm_eagle.heads.formats import read_head
+from vllm_eagle.heads.judge import judge
+from vllm_eagle.heads.target import Target
 from vllm_eagle.pair import TARGET, TRAINING_ANSWERS
 from vllm_eagle.train.data.examples import Example
 from vllm_eagle.train.features.finish import Finish
@@ -80,11 +83,11 @@ def settings(target_path: Path, data: Path, out: Path, method: str = "eagle", **
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def head_for(target: FrozenTarget, method: str, token_ids: torch.Tensor) -> Head:
+def head_for(target: FrozenTarget, method: str, token_ids: torch.Tensor, layers: int = 1) -> Head:
     torch.manual_seed(0)
     examples = [Example(row.int(), torch.ones(len(row), dtype=torch.bool)) for row in token_ids]
     draft_vocab = 128 if method == "eagle3" else None
-    options = TrainSettings(target.path, (), Path(), method, DEFAULT_WEIGHTS[method], draft_vocab=draft_vocab)
+    options = TrainSettings(target.path, (), Path(), method, DEFAULT_WEIGHTS[method], draft_vocab=draft_vocab, head_layers=layers)
     return new_head(target, options, examples)[0]
 
 
@@ -92,15 +95,16 @@ class ChainMemory(Memory):
     """The obvious way: all rows so far of one chain, the new ones see every earlier one and themselves."""
 
     def __init__(self, window: int = 0) -> None:
-        self.key: torch.Tensor | None = None
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.window = window
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        past = 0 if self.key is None else self.key.shape[2]
-        self.key = key if self.key is None else torch.cat([self.key, key], 2)
-        self.value = value if past == 0 else torch.cat([self.value, value], 2)
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        earlier = self.layers.get(layer)
+        past = 0 if earlier is None else earlier[0].shape[2]
+        key, value = (key, value) if earlier is None else (torch.cat([earlier[0], key], 2), torch.cat([earlier[1], value], 2))
+        self.layers[layer] = key, value
         groups = query.shape[1] // key.shape[1]
-        keys, values = self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
+        keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = query @ keys.transpose(2, 3) / query.shape[3] ** 0.5
         seen = torch.ones(query.shape[2], keys.shape[2]).tril(past).bool()
         if self.window:
@@ -108,11 +112,11 @@ class ChainMemory(Memory):
         return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
 
 
-@pytest.mark.parametrize("window", [0, 2, 5])
+@pytest.mark.parametrize(("window", "layers"), [(0, 1), (2, 1), (5, 3), (0, 2)])
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
-def test_unrolled_rows_are_chains_drafted_one_by_one(target: FrozenTarget, method: str, window: int) -> None:
+def test_unrolled_rows_are_chains_drafted_one_by_one(target: FrozenTarget, method: str, window: int, layers: int) -> None:
     token_ids = torch.randint(2, VOCAB, (1, 14), generator=torch.Generator().manual_seed(3))
-    head = head_for(target, method, token_ids)
+    head = head_for(target, method, token_ids, layers)
     features = target.features(token_ids, aux_layers(head.config))
     inputs = features.fused if method == "eagle3" else features.last
     with torch.no_grad():
@@ -332,6 +336,16 @@ def test_every_position_of_a_step_counts_alike(target_path: Path, data: Path, tm
     split, whole = (load_file(tmp_path / folder / "model.safetensors") for folder in ("split", "whole"))
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_head_of_two_layers_is_trained(target_path: Path, target: FrozenTarget, data: Path, tmp_path: Path, method: str) -> None:
+    train(settings(target_path, data, tmp_path / "head", method, head_layers=2, steps=2))
+    found = read_head(tmp_path / "head")
+    assert (found.num_layers, judge(found, Target.read(target_path)).verdict) == (2, "fits")
+    train(settings(target_path, data, tmp_path / "more", method, init=tmp_path / "head", draft_vocab=None, steps=2))
+    first, more = (load_head(tmp_path / name, target).state_dict() for name in ("head", "more"))
+    assert not torch.equal(first["layers.1.mlp.up_proj.weight"], more["layers.1.mlp.up_proj.weight"])
 
 
 def test_training_goes_on_from_another_head(target_path: Path, data: Path, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ WORKS = (
         "test_windows",
     ),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats are converted when they are served", "test_biased_head"),
+    (
+        "heads of several layers, EAGLE-3.1's norms, q and k norms, biases, own width",
+        "the README's table of designs says which of them in which kind",
+        "test_served",
+    ),
     ("windows over the head (draft_window)", f"on CUDA with TRITON_ATTN; {_INTERPRETED}", "test_windows"),
     ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),

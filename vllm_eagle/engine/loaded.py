@@ -4,7 +4,6 @@ A head that drafts with the target's LM head drafts with all of it: with the sca
 and, where the target has no module for it because it is its embedding, with that.
 """
 
-import re
 from collections.abc import Iterable, Set
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from vllm.config import VllmConfig
 from vllm.lora.layers.base import BaseLayerWithLoRA
 
 from vllm_eagle.heads.checkpoint import tensor_names
-from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP
+from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP, UNUSED
 
 _FUSED = {"qkv_proj": ATTENTION, "gate_up_proj": MLP[:2]}
-_UNUSED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.weight")  # vLLM builds one in every layer, and runs the first one's
 _FROM_FILES = ("weight", "bias", "draft_id_to_target_id")  # other parameters are made of these, where a head is quantized
 
 
@@ -84,7 +82,7 @@ def unmatched(
         if parameter.rsplit(".", 1)[-1] in _FROM_FILES:
             wanted |= set(sources(parameter))
     found = {name.replace("midlayer.", "layers.0.") for name in tensors} - {"t2d"}
-    missing = [name for name in sorted(wanted - found - shared) if not _UNUSED.fullmatch(name)]
+    missing = [name for name in sorted(wanted - found - shared) if not UNUSED.fullmatch(name)]
     return missing, sorted(found - wanted)
 
 

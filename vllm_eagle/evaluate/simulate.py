@@ -117,8 +117,8 @@ class _Batch:
             Request(self._texts[i].token_ids[root], self._config.num_draft_tokens, self._temperature)
             for i, root in zip(chosen, roots, strict=True)
         ]
-        keys, values = self._trunk.first
-        run_head = _Levels(self._head, keys[index], values[index], rows, self._hidden[index, rows], self._window)
+        trunk = [(keys[index], values[index]) for keys, values in self._trunk.first]
+        run_head = _Levels(self._head, trunk, rows, self._hidden[index, rows], self._window)
         noise = self._noise(chosen, roots) if self._temperature > 0 and self._config.coupled else None
         root_logits, ids = self._head.logits(self._ready[index, rows]).float(), self._head.target_ids
         return grow(requests, root_logits, run_head, self._config, noise, token_ids=ids)
@@ -143,15 +143,16 @@ class _Levels(Memory):
     def __init__(
         self,
         head: Head,
-        keys: torch.Tensor,  # [num_reqs, kv_heads, seq, head_dim], of the whole text
-        values: torch.Tensor,
+        trunk: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ],  # by layer keys and values of the whole text [num_reqs, kv_heads, seq, head_dim]
         rows: torch.Tensor,  # [num_reqs] int64, row of the root
         hidden: torch.Tensor,  # [num_reqs, hidden], what the head made of the root
         window: int = 0,  # newest positions that a row sees; 0: all
     ):
-        self._head, self._keys, self._values, self._rows = head, keys, values, rows
+        self._head, self._layers, self._rows = head, list(trunk), rows
         self._hidden = hidden[:, None]
-        self._window, self._places = window, torch.arange(keys.shape[2], device=keys.device)
+        self._window, self._places = window, torch.arange(trunk[0][0].shape[2], device=rows.device)
         self._context = (self._places <= rows[:, None])[:, None]  # [num_reqs, 1, seq]
         self._mask = self._context
 
@@ -166,7 +167,8 @@ class _Levels(Memory):
         self._hidden, ready = self._head(level.token_ids, self._hidden.gather(1, parents), positions, self)
         return self._head.logits(ready).float()
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self._keys, self._values = torch.cat([self._keys, key], 2), torch.cat([self._values, value], 2)
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        keys, values = self._layers[layer]
+        self._layers[layer] = keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         query = query.to(value.dtype)
-        return F.scaled_dot_product_attention(query, self._keys, self._values, attn_mask=self._mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask, enable_gqa=True)

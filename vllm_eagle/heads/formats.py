@@ -50,6 +50,8 @@ _NOT_OF_THE_LAYER = {
 # Angles of rotary embeddings, which some versions of transformers stored; every loader computes them.
 _COMPUTED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 _LAYER = re.compile(r"layers\.(\d+)\.")
+# vLLM builds one in every layer of an EAGLE-3 head, and runs the first one's.
+UNUSED = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.weight")
 # Tensors that come with a norm, by the setting that switches it on.
 NORM_TENSORS = {"norm_before_fc": "input_norm.weight", "fc_norm": "fc_norm.0.weight"}
 

@@ -230,7 +230,7 @@ def _rope(target: Any) -> dict[str, Any]:
     return plain if rope.get("partial_rotary_factor", 1.0) != 1.0 else plain | rope
 
 
-def head_config(target: Any, draft_vocab_size: int | None = None, aux: Sequence[int] = ()) -> Any:
+def head_config(target: Any, draft_vocab_size: int | None = None, aux: Sequence[int] = (), num_layers: int = 1) -> Any:
     """LlamaConfig of a head for `target` (a transformers config); with `aux` layers it is an EAGLE-3 head's."""
     from transformers import LlamaConfig
 
@@ -247,7 +247,7 @@ def head_config(target: Any, draft_vocab_size: int | None = None, aux: Sequence[
         "rope_parameters": _rope(target),
         "bos_token_id": target.bos_token_id,
         "eos_token_id": target.eos_token_id,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": num_layers,
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from vllm_eagle import files
 from vllm_eagle.heads import checkpoint, draft_vocab
 from vllm_eagle.heads.form import needed_tensors
-from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, read_head
+from vllm_eagle.heads.formats import BIASED_ARCHITECTURE, UNUSED, read_head
 from vllm_eagle.heads.formats import Head as CheckpointHead
 from vllm_eagle.heads.judge import judge
 from vllm_eagle.heads.target import Target
@@ -47,17 +47,12 @@ def load_head(path: Path, target: FrozenTarget) -> Head:
     refusal = judge(found, known).refusal()
     if refusal:
         raise ValueError(f"--head {path}: {refusal}; `vllm-eagle inspect {path} --target {target.path}` says more")
-    odd = [f"{part} biases" for part in ("o", "mlp") if found.has_bias(part)]
-    odd += ["several layers"] if found.num_layers > 1 else []
-    odd += ["query and key norms"] if found.model_type == "qwen3" else []
-    if odd:
-        raise ValueError(f"--head {path}: has {odd[0]}, which training and evaluation here do not know; measure it with `compare`")
     head = _empty_like(found, known, target)
     if "embed_tokens.weight" in found.tensors:
         head.embed_tokens = torch.nn.Embedding(found.vocab_size, found.hidden_size).requires_grad_(False)
     weights = needed_tensors(found)
     if isinstance(head, Eagle3Head):
-        weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in weights.items()}
+        weights = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in weights.items() if not UNUSED.fullmatch(name)}
         weights.setdefault("lm_head.weight", target.lm_head.weight)  # a whole vocabulary may leave it to the target
     head.load_state_dict(weights)
     if isinstance(head, EagleHead):
@@ -86,15 +81,15 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
     from transformers import LlamaConfig
 
     settings = found.layer | {
-        "num_hidden_layers": 1,
+        "num_hidden_layers": found.num_layers,
         "num_key_value_heads": found.num_kv_heads,
         "head_dim": found.head_dim,
-        "attention_bias": False,  # vLLM would give one to o_proj, too
-        "qkv_bias": found.has_bias("qkv"),
+        "mlp_bias": found.has_bias("mlp"),
         "tie_word_embeddings": False,
     }
     if found.kind == "EAGLE-1":
         architecture = BIASED_ARCHITECTURE if found.fc_bias else "LlamaForCausalLM"
+        settings |= {"attention_bias": found.has_bias("o"), "qkv_bias": found.has_bias("qkv")}
         config = LlamaConfig(**settings | {"architectures": [architecture], "fc_bias": found.fc_bias})
         return EagleHead(config, target.embed, target.lm_head, target.finish)
     eagle3: dict[str, Any] = {
@@ -103,7 +98,9 @@ def _empty_like(found: CheckpointHead, known: Target, target: FrozenTarget) -> H
         "num_aux_hidden_states": found.num_aux,  # without it vLLM's Llama class takes 3, whatever layers are named
         "eagle_aux_hidden_state_layer_ids": list(found.aux_layers or known.default_aux_layers),
     }
-    eagle3 |= found.norms | {"architectures": ["LlamaForCausalLMEagle3"]}
+    eagle3 |= found.norms | {"architectures": ["LlamaForCausalLMEagle3"], "attention_bias": found.has_bias("qkv")}
+    if found.model_type == "qwen3":
+        eagle3 |= {"architectures": ["Eagle3Qwen3ForCausalLM"], "qk_norm": True}
     return Eagle3Head(LlamaConfig(**settings | eagle3), target.embed)
 
 
@@ -115,6 +112,7 @@ def save_head(head: Head, out: Path, dtype: torch.dtype = torch.bfloat16) -> Non
     else:
         settings = {k: v for k, v in head.config.to_dict().items() if k not in _NOT_OF_A_HEAD}
         settings |= {"dtype": str(dtype).removeprefix("torch.")}
+        settings |= {"model_type": "qwen3"} if settings.pop("qk_norm", False) else {}  # whose layers have such norms
     weights = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in head.state_dict().items()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm_eagle.train.features.finish import Finish
-from vllm_eagle.train.head.layer import MLP, Attention, Memory, RMSNorm, rotary
+from vllm_eagle.train.head.layer import MLP, Attention, LlamaLayer, Memory, RMSNorm, rotary
 
 
 class Head(nn.Module):
@@ -70,28 +70,14 @@ class Head(nn.Module):
         """[..., hidden] -> [..., draft_vocab]; `step` matters to Medusa only, which has an LM head per step."""
 
 
-class _EagleLayer(nn.Module):
-    """EAGLE-1's decoder layer: no input norm."""
-
-    def __init__(self, config: Any):
-        super().__init__()
-        self.self_attn = Attention(config, config.hidden_size)
-        self.mlp = MLP(config)
-        self.post_attention_layernorm = RMSNorm(config)
-
-    def forward(self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], memory: Memory) -> torch.Tensor:
-        hidden = hidden + self.self_attn(hidden, rotation, memory)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
 class EagleHead(Head):
-    """EAGLE-1: fc(cat(embedding of the next token, feature)) -> decoder layer(s) -> the next feature."""
+    """EAGLE-1: fc(cat(embedding of the next token, feature)) -> decoder layers, of which the first has no input norm -> feature."""
 
     def __init__(self, config: Any, embed: nn.Module, lm_head: nn.Module, finish: Finish):
         super().__init__(config, embed)
         self.finish = finish
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=bool(getattr(config, "fc_bias", False)))
-        self.layers = nn.ModuleList([_EagleLayer(config)])
+        self.layers = nn.ModuleList([LlamaLayer(config, i, input_norm=i > 0) for i in range(config.num_hidden_layers)])
         self._lm_head: tuple[Any] = (lm_head,)
         self._draft_ids: torch.Tensor | None = None
         self._draft_rows: tuple[Any] = (lm_head.weight,)
@@ -114,7 +100,9 @@ class EagleHead(Head):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         embeddings = self.embed(token_ids)
         mixed = self.fc(torch.cat([embeddings, hidden.to(embeddings.dtype)], dim=-1))
-        predicted = self.layers[0](mixed, self.rotary(mixed, positions), memory)
+        predicted, rotation = mixed, self.rotary(mixed, positions)
+        for layer in self.layers:
+            predicted = layer(predicted, rotation, memory)
         return predicted, predicted
 
     @property
@@ -127,7 +115,7 @@ class EagleHead(Head):
 
 
 class _Eagle3Layer(nn.Module):
-    """EAGLE-3's decoder layer: embedding and hidden state are normed and enter attention side by side."""
+    """EAGLE-3's first decoder layer: embedding and hidden state are normed and enter attention side by side."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -163,6 +151,8 @@ class Eagle3Head(Head):
         self._norm_output = bool(getattr(config, "norm_output", False))
         self.fc = nn.Linear(size * num_layers, config.hidden_size, bias=False)
         self.midlayer = _Eagle3Layer(config)
+        # Layers after the first read its output alone; by their numbers, as checkpoints have them.
+        self.layers = nn.ModuleDict({str(i): LlamaLayer(config, i) for i in range(1, config.num_hidden_layers)})
         self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size < config.vocab_size:
@@ -186,7 +176,10 @@ class Eagle3Head(Head):
     def forward(
         self, token_ids: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, memory: Memory
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.midlayer(self.embed(token_ids), hidden, self.rotary(hidden, positions), memory)
+        rotation = self.rotary(hidden, positions)
+        hidden = self.midlayer(self.embed(token_ids), hidden, rotation, memory)
+        for layer in self.layers.values():
+            hidden = layer(hidden, rotation, memory)
         ready = self.norm(hidden)
         return ready if self._norm_output else hidden, ready
 

@@ -30,18 +30,20 @@ class UnrolledMemory(Memory):
 
     def __init__(self, window: int = 0) -> None:
         self._window = window
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self._layers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []  # keys and values, by step
 
     @property
-    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first pass, [batch, kv_heads, seq, head_dim]."""
-        return self._keys[0], self._values[0]
+    def first(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first pass, [batch, kv_heads, seq, head_dim] each, by layer."""
+        return [(keys[0], values[0]) for keys, values in self._layers]
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self._keys.append(key)
-        self._values.append(value)
-        step = len(self._keys) - 1
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        if layer == len(self._layers):
+            self._layers.append(([], []))
+        keys, values = self._layers[layer]
+        keys.append(key)
+        values.append(value)
+        step = len(keys) - 1
         query = query.to(value.dtype)
         if step == 0 and 0 < self._window < query.shape[2]:
             seen = self._seen(query.shape[2], 0, query.device)
@@ -51,13 +53,13 @@ class UnrolledMemory(Memory):
         query = query.unflatten(1, (key.shape[1], -1)) * query.shape[-1] ** -0.5  # heads in groups that share keys
         num_rows = query.shape[3]
         seen = self._seen(num_rows, step, query.device)
-        texts = (query @ self._keys[0][:, :, None].transpose(-1, -2)).masked_fill(~seen, -torch.inf)
+        texts = (query @ keys[0][:, :, None].transpose(-1, -2)).masked_fill(~seen, -torch.inf)
         # Of its own outputs those of the last steps.
         first = 1 if self._window == 0 else max(1, step + 1 - self._window)
-        own = [(query * own[:, :, None]).sum(-1, keepdim=True) for own in self._keys[first:]]
+        own = [(query * own[:, :, None]).sum(-1, keepdim=True) for own in keys[first:]]
         weights = torch.cat([texts, *own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        attended = weights[..., :num_rows] @ self._values[0][:, :, None]
-        for row, own_value in enumerate(self._values[first:], start=num_rows):
+        attended = weights[..., :num_rows] @ values[0][:, :, None]
+        for row, own_value in enumerate(values[first:], start=num_rows):
             attended = attended + weights[..., row : row + 1] * own_value[:, :, None]
         return attended.flatten(1, 2)
 

@@ -24,12 +24,12 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     d2t, t2d = draft_vocabulary(counts, size, target.end_tokens)  # an answer that a run has cut does not show its end
     facts = {"draft_vocab": size, "draft_vocab_coverage": round(coverage(counts, t2d), 5)}
     if settings.method == "eagle":
-        plain = EagleHead(head_config(target.config), target.embed, target.lm_head, target.finish)
+        plain = EagleHead(head_config(target.config, num_layers=settings.head_layers), target.embed, target.lm_head, target.finish)
         if size < vocab_size:
             plain.limit_to(t2d.nonzero()[:, 0])
         return plain, facts
     layers = chosen_aux_layers(target.config, settings)
-    head = Eagle3Head(head_config(target.config, size, layers), target.embed)
+    head = Eagle3Head(head_config(target.config, size, layers, settings.head_layers), target.embed)
     if head.target_ids is not None:
         head.d2t.copy_(d2t)
         head.t2d.copy_(t2d)

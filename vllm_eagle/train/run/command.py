@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(head, "--warmup", int, "steps until it is reached")
     _add(head, "--grad-clip", float, "norm to which gradients are clipped")
     _add(head, "--draft-vocab", int, "size of the draft vocabulary (default: the target's, eagle3 32000)")
+    _add(head, "--head-layers", int, "decoder layers of the head; the authors have one")
     head.add_argument("--aux-layers", type=int, nargs=3, metavar="LAYER", help="eagle3: target layers (default 2, n/2, n-3)")
     head.add_argument("--unroll-steps", type=int, help="first pass and passes on own outputs (default: 1, eagle3 7, medusa 5)")
     head.add_argument("--step-decay", type=float, help="weight of a step relative to the one before (default 0.8)")

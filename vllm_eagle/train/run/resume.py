@@ -23,7 +23,7 @@ def check_out(settings: TrainSettings) -> Path | None:
         return None
     if not holds_run(settings.out):
         raise ValueError(f"--resume: {settings.out} holds no run; start without --resume")
-    before = _card(settings.out)["settings"]
+    before = {"head_layers": 1} | _card(settings.out)["settings"]  # which runs had before there was the option
     changed = [k for k, v in settings.fixed().items() if before.get(k) != json.loads(json.dumps(v))]
     if changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)

@@ -34,6 +34,7 @@ class TrainSettings:
         max_length: tokens after which a dialogue is cut; capped at the positions that the target was made for.
         lr: highest learning rate; cosine decay to a hundredth after `warmup` steps.
         draft_vocab: size of the draft vocabulary, capped at the target's; None for 32,000 in EAGLE-3, the target's in EAGLE-1.
+        head_layers: decoder layers of an EAGLE head.
         aux_layers: EAGLE-3's target layers, low to high; None for the authors' choice.
         dtype: of the target and of the head's arithmetic; the head's weights train in float32.
         holdout: share of the examples that is kept for validation.
@@ -58,6 +59,7 @@ class TrainSettings:
     warmup: int = 50
     grad_clip: float = 0.5
     draft_vocab: int | None = None
+    head_layers: int = 1
     aux_layers: tuple[int, ...] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
@@ -79,6 +81,7 @@ class TrainSettings:
             "batch_tokens",
             "accumulate",
             "max_length",
+            "head_layers",
             "lr",
             "grad_clip",
             "log_every",
@@ -94,6 +97,8 @@ class TrainSettings:
             raise ValueError(f"--draft-vocab must be positive, got {self.draft_vocab}")
         if self.draft_vocab is not None and self.method == "medusa":
             raise ValueError("--draft-vocab is for EAGLE heads; Medusa's draft the whole vocabulary; remove it")
+        if self.head_layers > 1 and self.method == "medusa":
+            raise ValueError("--head-layers is for EAGLE heads, Medusa's have no decoder layers; remove it")
         if self.warmup < 0:
             raise ValueError(f"--warmup must not be negative, got {self.warmup}")
         if not 0 <= self.holdout <= 0.5:
@@ -106,8 +111,8 @@ class TrainSettings:
                 raise ValueError(f"{flag} must not be negative, got {value}")
         if not any(value for _, value in _loss_parts(loss)):
             raise ValueError("--regression-weight and --classification-weight are both 0, so nothing would be learnt; raise one")
-        if self.init is not None and (self.aux_layers is not None or self.draft_vocab is not None):
-            raise ValueError("--init brings its own --aux-layers and --draft-vocab; remove them")
+        if self.init is not None and (self.aux_layers is not None or self.draft_vocab is not None or self.head_layers > 1):
+            raise ValueError("--init brings its own --aux-layers, --draft-vocab and --head-layers; remove them")
         if self.aux_layers is not None and self.method != "eagle3":
             raise ValueError(f"--aux-layers is for --method eagle3, this is {self.method}; remove it")
         if self.aux_layers is not None and (len(self.aux_layers) != 3 or not in_vllms_order(self.aux_layers)):
