@@ -116,6 +116,9 @@ class TreeImpl:
             own = attn_metadata.add(layer.layer_name, key, value)
             self.attend(TreePass(layer, query, *own, kv_cache, attn_metadata.rows, attn_metadata.longest_context, output))
             return output
+        if attn_metadata is None:
+            # A pass that is measured. vLLM leaves the output as it is, and what stands there by chance would choose the experts.
+            output.zero_()
         if attn_metadata is None or attn_metadata.trees is None:
             return plain(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         assert output_scale is None and output_block_scale is None, "`fused_output_quant_supported` says so"  # noqa: PT018

@@ -58,7 +58,8 @@ class DraftPlanning(GPUModelRunner):
             return
 
         def target_pass(num_tokens: int) -> None:
-            hidden, _ = self._dummy_run(num_tokens)
+            # Of different tokens: experts are read for those that ask for them, and tokens that are all alike ask for the same few.
+            hidden, _ = self._dummy_run(num_tokens, randomize_inputs=True)
             if self.lora_config is None:  # with adapters, logits want a real batch
                 self.model.compute_logits(hidden[: min(num_tokens, self.most_nodes)])  # of the rest of a prompt there are none
             self._sync_device()

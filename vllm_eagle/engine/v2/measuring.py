@@ -22,7 +22,8 @@ def measured(runner: Any) -> Budget:
             torch.accelerator.synchronize()
 
     def target_pass(num_tokens: int) -> None:
-        hidden, _ = runner._dummy_run(num_tokens)
+        # Of different tokens: experts are read for those that ask for them, and tokens that are all alike ask for the same few.
+        hidden, _ = runner._dummy_run(num_tokens, randomize_inputs=True)
         if runner.lora_config is None:  # with adapters, logits want a real batch
             runner.model.compute_logits(hidden[: min(num_tokens, most_nodes)])  # of the rest of a prompt there are none
         ended()
