@@ -21,7 +21,8 @@ from vllm_eagle.pair import REAL_HEAD
 ON_CUDA: dict[str, object] = {"device_config.device_type": "cuda"}
 # A change to the configuration that breaks each rule.
 BREAKS: dict[str, dict[str, object]] = {
-    "speculative methods other than EAGLE": {"speculative_config.method": "mtp"},
+    "speculative methods other than EAGLE": {"speculative_config.method": "medusa"},
+    "MTP modules other than MiMo's": {"speculative_config.method": "mtp"},
     "parallel drafting": {"speculative_config.parallel_drafting": True},
     "heterogeneous vocabularies": {"speculative_config.use_heterogeneous_vocab": True},
     "padded drafter batch": {"speculative_config.disable_padded_drafter_batch": False},
@@ -62,6 +63,7 @@ BREAKS: dict[str, dict[str, object]] = {
     "fast prefill with shared KV caches, on CUDA": ON_CUDA | {"cache_config.kv_sharing_fast_prefill": True},
     "routed experts in outputs, on CUDA": ON_CUDA | {"aux_output_config.enabled": True},
     "vLLM's adaptive verification, on CUDA": ON_CUDA | {"speculative_config.enable_adaptive_verification": True},
+    "MTP modules, on CUDA": ON_CUDA | {"speculative_config.method": "mtp"},
     "draft_window with other attention than TRITON_ATTN, on CUDA": ON_CUDA
     | {"additional_config": {"vllm_eagle": {"draft_window": 64}}, "attention_config.backend": AttentionBackendEnum.FLASH_ATTN},
     "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},

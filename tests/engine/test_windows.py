@@ -33,9 +33,9 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_target(folder: Path, family: str) -> Path:
+def random_target(folder: Path, family: str, **changes: Any) -> Path:
     """Layers that add a little to the token's embedding: enough that attention decides, so little that drafts are right."""
-    model = model_of(family, pad_token_id=0, **TARGETS[family])
+    model = model_of(family, pad_token_id=0, **TARGETS[family] | changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name:

@@ -118,7 +118,11 @@ def test_a_repeated_flag_overrides_as_on_every_command_line(parser: FlexibleArgu
         (("--num-speculative-tokens", "4"), "set --speculative-model"),
         (("--speculative-tree-topk", "4"), "set --speculative-model"),
         (("--speculative-tree-topk", "4", "--speculative-config", '{"method": "ngram", "model": "ngram"}'), "drafts no trees"),
-        (("--speculative-model", "HEAD", "--spec-method", "mtp"), '"mtp" drafts no trees'),
+        (
+            ("--speculative-model", "HEAD", "--spec-method", "mtp"),
+            "drafts with a module of the target itself, got the model .*; remove it",
+        ),
+        (("--speculative-model", "HEAD", "--spec-method", "medusa"), '"medusa" drafts no trees'),
         (("--speculative-model", "TARGET"), "no EAGLE head, its weights have neither fc.weight"),
         (("--speculative-model", "/no/such/head"), "no such folder"),
         (("--speculative-model", "HEAD", "--speculative-tree-topk", "0"), "topk=0 is not possible"),

@@ -44,6 +44,7 @@ WORKS = (
         "test_served",
     ),
     ("windows over the head (draft_window)", f"on CUDA with TRITON_ATTN; {_INTERPRETED}", "test_windows"),
+    ("MiMo's MTP module", "on CPUs", "test_mtp"),
     ("mixtures of experts", "costs are measured with tokens that ask for as many experts as text does", "test_experts"),
     ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),

@@ -17,6 +17,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.engine import loaded
 from vllm_eagle.heads import draft_vocab
+from vllm_eagle.options.engine_args import MTP
 
 
 class DraftLogits(torch.nn.Module):
@@ -60,6 +61,9 @@ def logits_of(head: Any, target: Any, config: VllmConfig, options: TreeConfig, d
     Raises:
         ValueError: something is missing, or rows of the target's LM head cannot be taken.
     """
+    if config.speculative_config.method == MTP:  # which has all that it needs in the target's checkpoint
+        loaded.see_module(config)
+        return DraftLogits(head, None, device)
     loaded.complete(head, target, config)
     return DraftLogits(head, named_tokens(config) if options.draft_vocab else None, device)
 

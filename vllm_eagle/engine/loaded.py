@@ -48,6 +48,19 @@ def complete(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:
         )
 
 
+def see_module(config: VllmConfig) -> None:
+    """See that the target's checkpoint holds the MTP module that it names: vLLM leaves a module without weights as it is.
+
+    Raises:
+        ValueError: it does not.
+    """
+    folder = Path(config.speculative_config.draft_model_config.model)
+    if config.load_config.load_format == "dummy" or not folder.is_dir():
+        return
+    if not any(".mtp_layers." in name for name in tensor_names(folder)):
+        raise ValueError(f"model {folder}: its weights hold no MTP module (mtp_layers); get the whole checkpoint, or an EAGLE head")
+
+
 def _share_logits(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:
     if getattr(target, "lm_head", None) is None:
         if not config.model_config.hf_text_config.tie_word_embeddings:

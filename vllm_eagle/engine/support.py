@@ -21,9 +21,11 @@ from vllm_eagle.heads.draft_vocab import FILE
 from vllm_eagle.heads.formats import REPLAYED_ARCHITECTURES, read_head
 from vllm_eagle.heads.target import Target
 from vllm_eagle.options import devices
+from vllm_eagle.options.engine_args import MTP
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
+MTP_MODULES = ("MiMoMTPModel",)  # one layer of ordinary attention, which drafts at any depth; vLLM's names
 PLAIN = "remove the draft-tree options to serve without trees"
 Check = Callable[[VllmConfig], str | None]  # what is wrong, where it is set and the way out; None if all is well
 
@@ -77,9 +79,19 @@ def check_supported(vllm_config: VllmConfig) -> None:
 @_refused("speculative methods other than EAGLE", "only EAGLE heads draft trees; other methods run in vLLM as without the plugin")
 def _method(config: VllmConfig) -> str | None:
     method = config.speculative_config.method
-    if method in ("eagle", "eagle3"):
+    if method in ("eagle", "eagle3", MTP):
         return None
     return f'speculative method "{method}" has no tree; use an EAGLE head with method "eagle" or "eagle3"'
+
+
+@_refused("MTP modules other than MiMo's", "recurrent, with latent attention, another one for each depth, or not tried")
+def _module(config: VllmConfig) -> str | None:
+    if config.speculative_config.method != MTP:
+        return None
+    found = config.speculative_config.draft_model_config.hf_config.architectures[0]
+    if found in MTP_MODULES:
+        return None
+    return f"{config.model_config.model}: its MTP module, {found}, has no tree here; use an EAGLE head, or {PLAIN}"
 
 
 @_refused("parallel drafting", "a head that drafts all positions at once has no tree to grow")
@@ -164,7 +176,7 @@ def _engine(config: VllmConfig) -> devices.Engine:
 def _head(config: VllmConfig) -> str | None:
     """Asked again here, of the target as vLLM has read it: options may have changed what its folder says."""
     draft, model = config.speculative_config.draft_model_config, config.model_config
-    if draft is None or not Path(draft.model).is_dir() or draft.architectures[0] in REPLAYED_ARCHITECTURES:
+    if draft is None or not Path(draft.model).is_dir() or draft.architectures[0] in (*REPLAYED_ARCHITECTURES, *MTP_MODULES):
         return None
     target = Target(
         path=Path(model.model),
@@ -330,6 +342,10 @@ _v2_rule(
     "vLLM's adaptive verification", "trees have a budget of their own",
     lambda c: bool(c.speculative_config.enable_adaptive_verification),
     "speculative_config.enable_adaptive_verification is for chains, trees have a budget of their own; remove it",
+)  # fmt: skip
+_v2_rule(
+    "MTP modules", "vLLM's V2 runner has another speculator for them", lambda c: c.speculative_config.method == MTP,
+    f'speculative method "{MTP}" has no tree on CUDA; use an EAGLE head, or remove the draft-tree options',
 )  # fmt: skip
 _v2_rule(
     "draft_window with other attention than TRITON_ATTN", "the others would count it by row", lambda c: _wants_window(c),

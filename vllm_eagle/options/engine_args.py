@@ -15,6 +15,7 @@ from vllm_eagle.options import devices
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
 
 Method = Literal["eagle", "eagle3"]
+MTP = "mtp"  # vLLM's method for modules that lie in the target's own checkpoint
 DEFAULT_DRAFT_TOKENS = 16
 
 
@@ -86,6 +87,8 @@ def speculative_settings(
         ValueError: an option is unknown, impossible or contradicts tree mode; or the head cannot be served.
     """
     completed = dict(settings)
+    if completed.get("method") == MTP:
+        return _of_a_module(completed, options, target)
     if not completed.get("model"):
         raise ValueError(
             f"additional_config[{CONFIG_KEY!r}] (or a --speculative-tree flag) asks for draft trees; "
@@ -96,15 +99,30 @@ def speculative_settings(
             f'speculative method "{completed["method"]}" drafts no trees; set it to "eagle" or "eagle3", '
             f"or remove additional_config[{CONFIG_KEY!r}]"
         )
+    _complete_trees(completed, options)
+    head = completed["model"]
+    completed["model"], method = serve_head(head, target, completed.get("revision"))
+    if completed.setdefault("method", method) != method:
+        raise ValueError(f'speculative method "{completed["method"]}", but {head} is a head for "{method}"; set that, or nothing')
+    return completed
+
+
+def _complete_trees(completed: dict[str, Any], options: Mapping[str, Any]) -> None:
     wanted = devices.engine().disable_padded_drafter_batch
     if completed.setdefault("disable_padded_drafter_batch", wanted) is not wanted:
         raise ValueError(f"disable_padded_drafter_batch={json.dumps(not wanted)} contradicts draft trees; remove it")
     num_draft_tokens = completed.setdefault("num_speculative_tokens", DEFAULT_DRAFT_TOKENS)
     TreeConfig.from_options(num_draft_tokens, options)
-    head = completed["model"]
-    completed["model"], method = serve_head(head, target, completed.get("revision"))
-    if completed.setdefault("method", method) != method:
-        raise ValueError(f'speculative method "{completed["method"]}", but {head} is a head for "{method}"; set that, or nothing')
+
+
+def _of_a_module(completed: dict[str, Any], options: Mapping[str, Any], target: str | Path | None) -> dict[str, Any]:
+    """Settings for a target that brings its drafter; whether that has trees is asked once vLLM has read it (engine/support.py)."""
+    if completed.get("model") not in (None, target if target is None else str(target)):
+        raise ValueError(
+            f'speculative method "{MTP}" drafts with a module of the target itself, got the model {completed["model"]}; remove it, '
+            "or remove the method to draft with an EAGLE head"
+        )
+    _complete_trees(completed, options)
     return completed
 
 

@@ -8,6 +8,7 @@ nodes, whose keys and values stay in scratch. Which nodes to draft is decided in
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -201,8 +202,13 @@ class EagleTreeProposer(EagleProposer):
             cudagraph_runtime_mode=mode,
             slot_mapping=self._get_slot_mapping(slot_mapping_size, metadata.slot_mapping),
         ):
-            last_hidden, hidden = self.model(**model_inputs)
+            last_hidden, hidden = self.run_head(model_inputs)
         return last_hidden, hidden, last_rows
+
+    def run_head(self, model_inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features for logits, and features to feed back; an MTP module makes one of both."""
+        made = self.model(**model_inputs)
+        return made if self.model_returns_tuple() else (made, made)
 
     def _noise(self, requests: dict[int, Request], metadata: SamplingMetadata) -> NoiseAt | None:
         """Noise of the coming positions of each request, zero where decoding is greedy; None: it is everywhere."""
@@ -292,6 +298,6 @@ class _LevelPass:
             cudagraph_runtime_mode=mode,
             slot_mapping={},  # nothing is written to the paged cache
         ):
-            last_hidden, hidden = proposer.model(**model_inputs)
+            last_hidden, hidden = proposer.run_head(model_inputs)
         self._hidden = hidden[:rows].view(num_reqs, width, -1)
         return proposer.logits(last_hidden[:rows]).view(num_reqs, width, -1)
