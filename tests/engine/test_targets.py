@@ -104,3 +104,23 @@ def test_targets_that_keep_their_embedding_elsewhere_are_refused(family: str, wo
     name = {"GPT2": "GPT2LMHeadModel", "OPT": "OPTForCausalLM"}[family]
     getattr(transformers, name)(getattr(transformers, f"{family}Config")(**sizes)).save_pretrained(tmp_path / "target")
     assert words in refusal(tmp_path / "target", knowing_head(tmp_path / "head"))
+
+
+_SIZES = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+# Class in transformers: what its layers are.
+RECURRENT: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {"num_hidden_layers": 4, "num_experts": 4, "head_dim": 32},  # three of linear attention, one of full attention
+    "Bamba": {"num_hidden_layers": 4, "attn_layer_indices": [3], "mamba_n_heads": 8, "mamba_d_head": 32},
+    "FalconH1": {"num_hidden_layers": 4, "head_dim": 32},  # both in each layer
+    "Mamba2": {"num_hidden_layers": 4, "num_heads": 8, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrent_state_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    """There is nothing to load here but config.json."""
+    config = getattr(transformers, f"{family}Config")(**_SIZES | {"vocab_size": VOCAB} | RECURRENT[family])
+    config.architectures = [f"{family}ForCausalLM"]
+    config.save_pretrained(tmp_path / "target")
+    words = "keeps a recurrent state (Mamba or linear attention), which cannot branch; remove the draft-tree options"
+    assert words in refusal(tmp_path / "target", knowing_head(tmp_path / "head"))

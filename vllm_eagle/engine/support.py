@@ -139,7 +139,7 @@ _model_rule(
 )  # fmt: skip
 _model_rule(
     "Mamba, linear attention, hybrids", "a recurrent state cannot branch",
-    lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+    lambda c: _is_recurrent(c),
     "keeps a recurrent state (Mamba or linear attention), which cannot branch",
 )  # fmt: skip
 _model_rule(
@@ -158,6 +158,14 @@ _model_rule(
     "has attention sinks, which the GPU's tree kernel does not know",
 )  # fmt: skip
 _model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model_config.uses_mrope, "uses M-RoPE positions")
+
+
+def _is_recurrent(config: VllmConfig) -> bool:
+    """As vLLM says of the model's class, or as the model says of its layers: vLLM may run it by another class."""
+    model = config.model_config
+    kinds = [str(kind) for kind in getattr(model.hf_text_config, "layer_types", None) or []]
+    by_layers = any(kind == "linear_attention" or not kind.endswith("attention") for kind in kinds)
+    return bool(model.is_hybrid or model.is_attention_free or by_layers)
 
 
 def _on_cpu(config: VllmConfig) -> bool:
