@@ -107,7 +107,7 @@ def overfit(head: Head, target: FrozenTarget, texts: list[Text]) -> None:
     head.eval()
 
 
-def expected_tau(target: FrozenTarget, head: Head, texts: list[Text], temperature: float) -> float:
+def expected_tau(target: FrozenTarget, head: Head, texts: list[Text], temperature: float, window: int = 0) -> float:
     """As `vllm-eagle eval` computes it."""
-    tree = TreeConfig.from_options(NUM_DRAFT_TOKENS, {})
+    tree = TreeConfig.from_options(NUM_DRAFT_TOKENS, {"draft_window": window})
     return replay(head, read_texts(target, texts, aux_layers(head.config)), tree, temperature).tau

@@ -219,6 +219,7 @@ DESIGNS: dict[str, Base] = {
     "biases of the MLP": _design("vllm-3", mlp_biases),
     "a rotary embedding of its own, EAGLE-1": _design("vllm-1", _LINEAR),
     "a rotary embedding of its own, EAGLE-3": _design("vllm-3", _LINEAR),
+    "sliding layers": _design("vllm-3", put(sliding_window=20, layer_types=["sliding_attention"])),
     "a width of its own": _design("vllm-3", wide),
 }
 

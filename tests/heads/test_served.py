@@ -14,6 +14,7 @@ from tests.tiers import exhaustive
 from vllm_eagle.evaluate.texts import Text
 from vllm_eagle.heads import served as serving
 from vllm_eagle.heads.inspect import inspect
+from vllm_eagle.heads.window import window_of
 from vllm_eagle.train.features.target import FrozenTarget
 from vllm_eagle.train.head.files import load_head
 
@@ -58,7 +59,8 @@ def assert_served(folder: Path, frozen: FrozenTarget, texts: list[Text]) -> floa
         found = tokens(generate(llm, PROMPTS, params))
         stats = tree_stats(llm)
     assert found == [[text.token_ids[text.num_prompt :][:NUM_TOKENS]] for text in texts]
-    assert stats["tau"] == pytest.approx(expected_tau(frozen, load_head(folder, frozen).eval(), texts, 1.0), rel=0.03)
+    expected = expected_tau(frozen, load_head(folder, frozen).eval(), texts, 1.0, window_of(None, folder, 1024))
+    assert stats["tau"] == pytest.approx(expected, rel=0.03)
     return float(stats["tau"])
 
 

@@ -16,6 +16,8 @@ from vllm_eagle.heads.window import trained_length, window_of
         ({"max_position_embeddings": 2048, "draft_window": 300}, 300),
         ({"transformer_layer_config": {"max_position_embeddings": 4096}, "max_position_embeddings": 9}, 4096),
         ({"model_type": "eagle", "model": {"max_position_embeddings": 512}}, 512),
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 256, "max_position_embeddings": 2048}, 256),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 256}, None),
         ({"max_position_embeddings": "many"}, None),
         ({"max_position_embeddings": True}, None),
         ({}, None),

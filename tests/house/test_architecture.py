@@ -41,7 +41,8 @@ ROOMS = {
     "bench": "",
     "bench/engines": "algorithm heads options train/data train/features vllm",
     "bench/passes": "algorithm bench/engines heads vllm",
-    "bench/heads": "algorithm bench/engines bench/passes bench/speed evaluate heads train/features train/head train/run vllm",
+    "bench/heads": "algorithm bench/engines bench/passes bench/speed evaluate heads pair train/data train/features train/head "
+    "train/run vllm",
     "bench/recorded": "algorithm bench/engines budget heads pair vllm",
     "bench/speed": "attention bench/engines bench/recorded heads native ops vllm",
     "bench/soak": "bench/engines pair",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.bench.heads import ablation, draft_vocab, kinds
+from vllm_eagle.bench.heads import ablation, contexts, draft_vocab, kinds
 from vllm_eagle.bench.speed import steps
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,8 @@ TABLES = {
     "steps_f32": steps.table,
     "steps_real": steps.table,
     "draft_vocab": draft_vocab.table,
+    "contexts": contexts.table,
+    "contexts_real": contexts.table,
 }
 
 

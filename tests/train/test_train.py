@@ -25,6 +25,7 @@ from vllm_eagle.evaluate.texts import read_texts, write_answers
 from vllm_eagle.heads.formats import read_head
 from vllm_eagle.heads.judge import judge
 from vllm_eagle.heads.target import Target
+from vllm_eagle.heads.window import trained_length
 from vllm_eagle.pair import TARGET, TRAINING_ANSWERS
 from vllm_eagle.train.data.examples import Example
 from vllm_eagle.train.features.finish import Finish
@@ -343,6 +344,7 @@ def test_a_head_of_two_layers_is_trained(target_path: Path, target: FrozenTarget
     train(settings(target_path, data, tmp_path / "head", method, head_layers=2, steps=2))
     found = read_head(tmp_path / "head")
     assert (found.num_layers, judge(found, Target.read(target_path)).verdict) == (2, "fits")
+    assert 50 <= (trained_length(tmp_path / "head") or 0) <= 64  # texts of 20 to 89 tokens, cut to 64
     train(settings(target_path, data, tmp_path / "more", method, init=tmp_path / "head", draft_vocab=None, steps=2))
     first, more = (load_head(tmp_path / name, target).state_dict() for name in ("head", "more"))
     assert not torch.equal(first["layers.1.mlp.up_proj.weight"], more["layers.1.mlp.up_proj.weight"])

@@ -39,7 +39,7 @@ WORKS = (
     ),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats are converted when they are served", "test_biased_head"),
     (
-        "heads of several layers, EAGLE-3.1's norms, q and k norms, biases, own width",
+        "heads of several layers, EAGLE-3.1's norms, q and k norms, biases, own width, sliding layers",
         "the README's table of designs says which of them in which kind",
         "test_served",
     ),

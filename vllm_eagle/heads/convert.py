@@ -92,6 +92,7 @@ def _not_in_safeailabs_code(head: Head, target: Target | None) -> list[str]:
     found = [flag for flag in NORM_FLAGS if head.norms[flag]]
     found += ["a bias of o_proj"] if head.has_bias("o") else []
     found += ["biases in the MLP"] if head.has_bias("mlp") else []
+    found += ["sliding layers"] if head.sliding_window else []
     found += ["q_norm and k_norm"] if head.model_type == "qwen3" else []
     rope, theta = head.layer["rope_parameters"]["rope_type"], head.layer["rope_parameters"]["rope_theta"]
     if rope not in ("default", "linear", "dynamic"):
@@ -115,6 +116,8 @@ def _to_speculators(head: Head, target: Target | None) -> tuple[dict[str, Any], 
     if head.target_hidden_size != head.hidden_size:
         raise ValueError(f"{head.path}: speculators has no EAGLE-3 heads narrower or wider than their target; use --to vllm")
     layer = layer_settings(head) | {"attention_bias": head.has_bias("qkv"), "mlp_bias": head.has_bias("mlp")}
+    if head.sliding_window:
+        layer |= {"layer_types": ["sliding_attention"] * head.num_layers, "sliding_window": head.sliding_window}
     verifier: dict[str, Any] = {"name_or_path": None, "architectures": []}
     if target is not None:
         verifier = {"name_or_path": str(target.path.resolve()), "architectures": list(target.architectures)}

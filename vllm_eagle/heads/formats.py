@@ -101,6 +101,12 @@ class Head:
         return "fc.bias" in self.tensors
 
     @property
+    def sliding_window(self) -> int | None:
+        """Of all its layers, as it was trained; None: they have full attention."""
+        nested = nested_settings(self.config)
+        return window_of_layers(self.config if nested is None else self.config[nested])
+
+    @property
     def num_aux(self) -> int:
         """Target layers that `fc` reads, as its width has it; rounded down if the width is no multiple."""
         fc = self.tensors.get("fc.weight")
@@ -257,9 +263,22 @@ def _layer_settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(settings.get(name) or {}, dict):
             raise ValueError(f"{folder / checkpoint.CONFIG}: {name} is {settings[name]!r}, not a JSON object; correct it")
+    window = window_of_layers(settings)
+    if window is not None:
+        return {**settings, WINDOW: window}
     if settings.get("use_sliding_window") or "sliding_attention" in (settings.get("layer_types") or []):
-        raise ValueError(f"{folder}: a head with sliding-window attention; only full attention is handled")
+        raise ValueError(
+            f"{folder}: a head with sliding-window attention in some layers, or without a sliding_window; only full attention, or "
+            "one sliding_window in all layers (layer_types), is handled"
+        )
     return settings
+
+
+def window_of_layers(settings: Mapping[str, Any]) -> int | None:
+    """The sliding window that all layers of a head have; None: not all of them, or none."""
+    kinds, window = settings.get("layer_types"), settings.get("sliding_window")
+    slides = isinstance(kinds, list) and kinds and set(map(str, kinds)) == {"sliding_attention"}
+    return window if slides and isinstance(window, int) and not isinstance(window, bool) and window > 0 else None
 
 
 def _aux_layers(file: Path, config: Mapping[str, Any], kind: Kind, names: Set[str]) -> tuple[tuple[int, ...] | None, bool]:

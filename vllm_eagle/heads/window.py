@@ -6,7 +6,7 @@ fewer drafts are accepted; the newest tokens are enough to know how a text goes 
 
 from pathlib import Path
 
-from vllm_eagle.heads.formats import WINDOW, nested_settings, read_config
+from vllm_eagle.heads.formats import WINDOW, nested_settings, read_config, window_of_layers
 
 
 def window_of(asked: int | None, folder: Path, longest: int) -> int:
@@ -27,7 +27,7 @@ def window_of(asked: int | None, folder: Path, longest: int) -> int:
 def trained_length(folder: Path) -> int | None:
     """How long the texts were that a head was trained on, if its config.json says so.
 
-    Else it is the positions that it was made for.
+    `vllm-eagle train` writes it there. Else it is the sliding window of its layers, or the positions that it was made for.
 
     Raises:
         ValueError: its config.json cannot be read.
@@ -35,5 +35,5 @@ def trained_length(folder: Path) -> int | None:
     config = read_config(folder)
     nested = nested_settings(config)
     layer = config if nested is None else config[nested]
-    said = config.get(WINDOW) or layer.get(WINDOW) or layer.get("max_position_embeddings")
+    said = config.get(WINDOW) or layer.get(WINDOW) or window_of_layers(layer) or layer.get("max_position_embeddings")
     return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else None

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from vllm_eagle.train.data.examples import Example
 from vllm_eagle.train.features.target import FrozenTarget, default_aux_layers, head_config
 from vllm_eagle.train.head.files import load_head
@@ -38,6 +40,12 @@ def new_head(target: FrozenTarget, settings: TrainSettings, examples: Sequence[E
     head.lm_head.weight.data.copy_(target.lm_head.weight.data[chosen] * target.finish.scale)
     head.norm.weight.data.copy_(target.norm_gain)
     return head, {"aux_layers": layers} | facts
+
+
+def usual_length(examples: Sequence[Example]) -> int:
+    """Half of all tokens stand in texts at least this long: what the head knows of contexts, for `draft_window`."""
+    lengths = torch.tensor([len(example.token_ids) for example in examples]).sort(descending=True).values
+    return int(lengths[int((lengths.cumsum(0) * 2 < lengths.sum()).sum())])
 
 
 def chosen_aux_layers(config: Any, settings: TrainSettings) -> list[int]:

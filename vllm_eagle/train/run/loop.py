@@ -31,7 +31,7 @@ from vllm_eagle.train.head.files import save_head
 from vllm_eagle.train.head.models import aux_layers
 from vllm_eagle.train.head.objective import Objective, Outcome
 from vllm_eagle.train.run import checkpoint, resume
-from vllm_eagle.train.run.build import continued_head, new_head
+from vllm_eagle.train.run.build import continued_head, new_head, usual_length
 from vllm_eagle.train.run.card import RunCard
 from vllm_eagle.train.run.curves import Curves
 from vllm_eagle.train.run.settings import TrainSettings
@@ -108,6 +108,8 @@ class _Run:
             head, facts = new_head(self.target, settings, self.train_examples)
         else:
             head, facts = continued_head(self.target, settings)
+        if settings.method != "medusa":
+            head.config.draft_window = usual_length(self.train_examples)
         set_seed(settings.seed, device_specific=True)  # from here on every process draws noise of its own
         self.aux = aux_layers(head.config) if settings.method == "eagle3" else []
         objective = Objective(head, self.target.lm_head, settings.loss, self.target.finish)
