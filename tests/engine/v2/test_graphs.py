@@ -1,6 +1,7 @@
 """Trees in full CUDA graphs, captured and replayed without a GPU (graphs.py): the tokens are those of plain decoding."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,7 @@ def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
     asked, expected = plain
     options: list[dict[str, Any]] = [{}, {"eagle_max_depth": 1}, {"eagle_topk": 1}, {"eagle_num_draft_tokens": 2}]
     params = [each | {"extra_args": own} for each, own in zip(asked.params, options, strict=True)]
-    wanted = Case(asked.model, asked.prompts, params)
-    found = bed.run(with_trees(wanted, trees(), is_async=True, capture_sizes=SIZES))
+    found = bed.run(with_trees(replace(asked, params=params), trees(), is_async=True, capture_sizes=SIZES))
     assert found.token_ids == expected.token_ids
     assert found.stats["graphs"]["replayed"] > found.stats["num_passes"]
 
