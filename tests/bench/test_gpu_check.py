@@ -77,7 +77,7 @@ def test_an_engine_is_asked_until_the_time_is_over(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(alone, "engine", lambda *_, **__: nullcontext())
     monkeypatch.setattr(alone.sustained, "offline", answered)
     monkeypatch.setattr(alone.time, "monotonic", lambda: now[0])
-    args = build_parser().parse_args(["bench", "--concurrency", "1", "4", "--rounds", "2", "--alone", "plain"])
+    args = build_parser().parse_args(["bench", "--concurrency", "1", "4", "--rounds", "2", "--max-tokens", "8", "--alone", "plain"])
     told, loads = [], {}
     for each in alone.measure(_fill(Settings, args), [[1, 2]], "plain", {}, [0.0, 1.0], 40.0):
         loads = each["loads"]

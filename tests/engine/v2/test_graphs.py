@@ -126,7 +126,7 @@ def test_options_of_requests(bed: Bed, plain: tuple[Case, Answers]) -> None:
 def test_eagle3(bed: Bed, tmp_path: Path) -> None:
     target, head = random_target(tmp_path / "target"), random_eagle3_head(tmp_path / "head")
     params = [MANY["greedy"] | {"max_tokens": 9}, MANY["sampled"] | {"max_tokens": 6}]
-    asked = Case(str(target), [[5, 6, 7, 8], [9, 10]], params, {"max_num_seqs": 3})
+    asked = Case(str(target), [[5, 6, 7, 8], [9, 10]], params, engine={"max_num_seqs": 3})
     engine = ours(str(head), 8, budget=False, topk=3, max_depth=3)
     found = bed.run(with_trees(asked, engine, is_async=True, capture_sizes=SIZES))
     assert found.token_ids == bed.run(asked).token_ids
