@@ -128,8 +128,9 @@ def test_eagle3(bed: Bed, tmp_path: Path) -> None:
     params = [MANY["greedy"] | {"max_tokens": 9}, MANY["sampled"] | {"max_tokens": 6}]
     asked = Case(str(target), [[5, 6, 7, 8], [9, 10]], params, engine={"max_num_seqs": 3})
     engine = ours(str(head), 8, budget=False, topk=3, max_depth=3)
+    expected = bed.run(asked).token_ids
     found = bed.run(with_trees(asked, engine, is_async=True, capture_sizes=SIZES))
-    assert found.token_ids == bed.run(asked).token_ids
+    assert found.token_ids == expected
     assert found.stats["graphs"]["replayed"] > found.stats["num_passes"]
 
 
