@@ -1,6 +1,5 @@
 """Grammars along trees in vLLM's V2 runner: the tokens that it gives without speculation, with trees under the grammar, too."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ ASKED: list[dict[str, Any]] = [
     MANY["greedy"],
     {"temperature": 0.0, "structured": CONSTRAINTS["grammar"]},
 ]
-
-
-@pytest.fixture(scope="module")
-def bed() -> Iterator[Bed]:
-    found = Bed()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

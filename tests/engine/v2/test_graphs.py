@@ -1,6 +1,5 @@
 """Trees in full CUDA graphs, captured and replayed without a GPU (graphs.py): the tokens are those of plain decoding."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ SIZES = (3, 27)  # passes of 1 and 3 requests with 8 drafts, levels of 3 request
 def slow_but(first: tuple[Any, ...], *others: tuple[Any, ...]) -> list[Any]:
     """Cases of which the exhaustive tier runs the first."""
     return [pytest.param(*first, marks=exhaustive), *(pytest.param(*other, marks=interpreted) for other in others)]
-
-
-@pytest.fixture(scope="module")
-def bed() -> Iterator[Bed]:
-    found = Bed()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

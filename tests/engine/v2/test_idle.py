@@ -1,12 +1,10 @@
 """While nothing is drafted, a step of vLLM's V2 runner is its own, and the head catches up later: it drafts what it would have."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from tests.engine.v2.bed import Bed, Case
@@ -15,14 +13,6 @@ from tests.engine.v2.test_v2 import MANY, case, trees, with_trees
 from tests.models import random_eagle3_head, random_target
 from tests.tiers import exhaustive, interpreted
 from vllm_eagle.bench.engines.drafters import ours
-
-
-@pytest.fixture(scope="module")
-def bed() -> Iterator[Bed]:
-    found = Bed()
-    yield found
-    found.close()
-
 
 # What a step without drafts does beside plain V2's: features are kept for the head, and vLLM's own bookkeeping of drafts, which it
 # does for every speculator: none are put into the requests' places, and taken out again.

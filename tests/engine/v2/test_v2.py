@@ -1,6 +1,5 @@
 """Trees in vLLM's V2 runner give the tokens that it gives without speculation; and breaking the engine is noticed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,6 @@ HOST_VALUES = {
     "engine/v2/runner.py _attach",
     "engine/v2/speculator.py _draft",
 }
-
-
-@pytest.fixture(scope="module")
-def bed() -> Iterator[Bed]:
-    found = Bed()
-    yield found
-    found.close()
 
 
 def case(params: list[dict[str, Any]], max_tokens: int, **changes: Any) -> Case:
