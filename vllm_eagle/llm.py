@@ -5,7 +5,7 @@ from typing import Any
 
 import vllm
 
-from vllm_eagle.options.engine_args import DEFAULT_DRAFT_TOKENS, engine_args
+from vllm_eagle.options.engine_args import engine_args
 
 
 class LLM(vllm.LLM):
@@ -24,7 +24,7 @@ class LLM(vllm.LLM):
         self,
         model: str | Path,
         head: str | Path,
-        num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        num_draft_tokens: int | None = None,  # most nodes of a tree
         tree: dict[str, Any] | None = None,
         **kwargs: Any,
     ):

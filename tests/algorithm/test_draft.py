@@ -182,7 +182,7 @@ def test_growth_stops_where_it_is_told_not_to_pay() -> None:
         return len(asked) < 3
 
     head = TableHead(2, 3, 1.0)
-    trees = grow([Request(7, 20), Request(8, 0)], head.root_logits(), head, TreeConfig(max_depth=8), limits=Limits(pays=pays))
+    trees = grow([Request(7, 20), Request(8, 0)], head.root_logits(), head, TreeConfig(16, max_depth=8), limits=Limits(pays=pays))
     assert [int(tree.depths.max()) for tree in trees] == [3, 0]
     assert len(asked) == 3
     best = max(score for path, score in paths_of(trees[0]).items() if len(path) == 3)

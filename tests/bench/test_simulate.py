@@ -127,7 +127,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--trees", "missing.json"], "is no recording of trees"),
         (["--bandwidth", "0"], "must be positive"),
         (["--out", __file__], "is no folder"),
-        (["--num-draft-tokens", "25"], "have 24 nodes, and what more would bring is not known; use at most 24, or --trees"),
+        (["--num-draft-tokens", "65"], "have 64 nodes, and what more would bring is not known; use at most 64, or --trees"),
     ],
 )
 def test_bad_input(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,5 +136,5 @@ def test_bad_input(options: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 def test_as_many_nodes_as_were_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", "--num-draft-tokens", "24", "--requests", "1"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["num_draft_tokens"] == 24
+    assert main(["simulate", "--num-draft-tokens", "64", "--requests", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["num_draft_tokens"] == 64

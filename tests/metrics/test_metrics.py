@@ -58,7 +58,7 @@ def counted() -> TreeMetrics:
 def samples(metrics: TreeMetrics, **options: Any) -> dict[str, float]:
     """Prometheus' text, read back: `name{label=value}` without the labels that all have."""
     registry = CollectorRegistry()
-    registry.register(TreeCollector(lambda: metrics, TreeConfig(**options), LABELS))
+    registry.register(TreeCollector(lambda: metrics, TreeConfig(**{"num_draft_tokens": 16} | options), LABELS))
     return read(registry)
 
 
@@ -111,10 +111,10 @@ def test_samples_are_what_was_counted() -> None:
     assert [load_label(bucket) for bucket in (0, 1, 2, 9)] == ["1", "2-3", "4-7", "512+"]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_draft_tokens": 3}, {"mode": "chain", "num_draft_tokens": 127}])
+@pytest.mark.parametrize("options", [{"num_draft_tokens": 64}, {"num_draft_tokens": 3}, {"mode": "chain", "num_draft_tokens": 127}])
 def test_buckets_fit_the_trees_of_the_engine(options: dict[str, Any]) -> None:
     metrics = TreeMetrics()
-    most = options.get("num_draft_tokens", 16)
+    most = options["num_draft_tokens"]
     metrics.count_verification(most, TreeConfig(**options).depth_limit, 1)
     found = samples(metrics, **options)
     for name, value in (("accepted_tokens", TreeConfig(**options).depth_limit), ("tree_nodes", most)):
@@ -316,7 +316,7 @@ def test_files_of_shared_metrics_hold_the_same_samples(tmp_path: Path) -> None:
     metrics = counted()
     files = multiprocess.Files(tmp_path)
     for _ in range(3):
-        files.write(TreeCollector(lambda: metrics, TreeConfig(), LABELS).collect())
+        files.write(TreeCollector(lambda: metrics, TreeConfig(16), LABELS).collect())
         assert shared(tmp_path) == samples(metrics)
         metrics.count_verification(16, 2, 1)
         metrics.counts["speculation_off"] = 1 - metrics.counts["speculation_off"]
@@ -425,7 +425,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
     names = set(re.findall(r"vllm[_:][a-z_]+", " ".join(asked)))
-    ours = {sample.name for family in families(TreeMetrics(), TreeConfig(), LABELS) for sample in family.samples}
+    ours = {sample.name for family in families(TreeMetrics(), TreeConfig(16), LABELS) for sample in family.samples}
     vllms = Path(loggers.__file__).read_text() + Path(spec_decode.__file__).read_text()
     assert len(names & ours) >= 15
     for name in names - ours:

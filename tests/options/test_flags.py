@@ -47,10 +47,27 @@ def test_a_head_is_all_it_takes(parser: FlexibleArgumentParser, random_models: d
     for kind in ("eagle", "eagle3"):
         config = configured(parser, "--model", str(random_models["target"]), "--speculative-model", str(random_models[kind]))
         assert config.speculative_config.method == kind
-        assert config.speculative_config.num_speculative_tokens == 16
+        assert config.speculative_config.num_speculative_tokens == 64
         assert config.parallel_config.worker_cls == CPU.worker_cls
         assert config.scheduler_config.scheduler_cls == CPU.scheduler_cls
         assert config.additional_config[CONFIG_KEY] == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "number"),
+    [
+        (("--speculative-tree-topk", "4"), 64),
+        (("--no-speculative-tree-budget",), 16),
+        (("--speculative-tree-mode", "chain"), 16),
+        (("--speculative-tree-mode", "static"), 16),
+        (("--num-speculative-tokens", "24"), 24),
+    ],
+)
+def test_trees_have_room_where_the_budget_chooses(
+    parser: FlexibleArgumentParser, random_models: dict[str, Path], flags: tuple[str, ...], number: int
+) -> None:
+    pair = ("--model", str(random_models["target"]), "--speculative-model", str(random_models["eagle"]))
+    assert configured(parser, *pair, *flags).speculative_config.num_speculative_tokens == number
 
 
 def test_every_option_has_a_flag(parser: FlexibleArgumentParser) -> None:

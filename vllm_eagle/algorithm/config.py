@@ -20,7 +20,9 @@ class TreeConfig:
     """
 
     # vLLM's num_speculative_tokens
-    num_draft_tokens: Annotated[int, "most nodes per request, root not counted"] = 16
+    num_draft_tokens: Annotated[
+        int, "most nodes per request, root not counted (default: 64, of which the budget takes as many as pay; without it 16)"
+    ]
     mode: Annotated[Mode, "`dynamic`: grown by confidence (EAGLE-2); `static`: one fixed shape (EAGLE-1); `chain`: no branches"] = (
         "dynamic"
     )

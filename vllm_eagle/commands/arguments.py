@@ -96,7 +96,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "others' texts, 2,000 tokens in all (default %(default)s)",
     )
     parser.add_argument("--max-tokens", type=int, help="of an answer (default: the workload's)")
-    parser.add_argument("--num-draft-tokens", type=int, default=16, help="most nodes per tree (default %(default)s)")
+    parser.add_argument("--num-draft-tokens", type=int, help="most nodes per tree (default: as in serving)")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these beside plain vLLM, e.g. trees vllm_chain3")
     parser.add_argument("--threads", type=int, help="OpenMP threads per engine, on a CPU (default: vLLM's choice)")

@@ -16,7 +16,14 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it 
 
 Method = Literal["eagle", "eagle3"]
 MTP = "mtp"  # vLLM's method for modules that lie in the target's own checkpoint
-DEFAULT_DRAFT_TOKENS = 16
+# Most nodes of a tree where nobody says: with the budget, more than pay on most machines, since it takes as many as do.
+_WITH_BUDGET, _WITHOUT = 64, 16
+
+
+def default_draft_tokens(options: Mapping[str, Any]) -> int:
+    """vLLM's num_speculative_tokens, by tree options, where it is not given."""
+    sized_by_cost = options.get("budget", True) and options.get("mode", "dynamic") == "dynamic"
+    return _WITH_BUDGET if sized_by_cost else _WITHOUT
 
 
 def serve_head(head: str | Path, target: str | Path | None = None, revision: str | None = None) -> tuple[str, Method]:
@@ -111,7 +118,7 @@ def _complete_trees(completed: dict[str, Any], options: Mapping[str, Any]) -> No
     wanted = devices.engine().disable_padded_drafter_batch
     if completed.setdefault("disable_padded_drafter_batch", wanted) is not wanted:
         raise ValueError(f"disable_padded_drafter_batch={json.dumps(not wanted)} contradicts draft trees; remove it")
-    num_draft_tokens = completed.setdefault("num_speculative_tokens", DEFAULT_DRAFT_TOKENS)
+    num_draft_tokens = completed.setdefault("num_speculative_tokens", default_draft_tokens(options))
     TreeConfig.from_options(num_draft_tokens, options)
 
 
@@ -128,19 +135,21 @@ def _of_a_module(completed: dict[str, Any], options: Mapping[str, Any], target: 
 
 def engine_args(
     head: str | Path,
-    num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+    num_draft_tokens: int | None = None,
     target: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Arguments for vLLM's `LLM(...)` or `AsyncEngineArgs(...)` that switch draft trees on.
 
-    `options` are the fields of TreeConfig; with `target`, the head is judged for it at once. Works on CPU without the plugin being
+    `num_draft_tokens` are the most nodes of a tree (without it: `default_draft_tokens`), `options` the other fields of TreeConfig;
+    with `target`, the head is judged for it at once. Works on CPU without the plugin being
     loaded, except for min-p and logit bias; on CUDA the plugin fills in more (options/devices.py).
 
     Raises:
         ValueError: an option is impossible, the head cannot be loaded, or the platform is neither CPU nor CUDA.
     """
-    settings = speculative_settings({"model": str(head), "num_speculative_tokens": num_draft_tokens}, options, target)
+    wanted = {} if num_draft_tokens is None else {"num_speculative_tokens": num_draft_tokens}
+    settings = speculative_settings({"model": str(head)} | wanted, options, target)
     engine = devices.engine()
     return {
         "speculative_config": settings,

@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             flag(name),
             action=_Switch if annotated is bool else _Option,
             option=name,
-            help=text if default is None else f"{text} (default: {json.dumps(default)})",
+            help=text if default in (None, dataclasses.MISSING) else f"{text} (default: {json.dumps(default)})",
             **_reading(annotated),
         )
     # Taken over from vLLM's group, with the same help.

@@ -9,9 +9,10 @@ from vllm_eagle.heads.checkpoint import read_config
 from vllm_eagle.options.engine_args import serve_head
 
 
-def ours(head: str, num_draft_tokens: int, **options: Any) -> dict[str, Any]:
-    """Draft trees; `options` as in additional_config."""
-    return {"spec_model": head, "spec_tokens": num_draft_tokens, "additional_config": {CONFIG_KEY: options}}
+def ours(head: str, num_draft_tokens: int | None, **options: Any) -> dict[str, Any]:
+    """Draft trees of at most so many nodes, None: as users get them; `options` as in additional_config."""
+    size = {} if num_draft_tokens is None else {"spec_tokens": num_draft_tokens}
+    return {"spec_model": head, **size, "additional_config": {CONFIG_KEY: options}}
 
 
 def vllm_chain(head: str, num_draft_tokens: int, adaptive: bool = False) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vllm_eagle.budget.cost_curve import CostCurve
 RECORDED = Path(__file__).parents[1] / "results" / "trees.json"
 _STEPS, _FEWEST_STEPS, _TREES = 1400, 80, 40_000  # steps of a run, and trees, which make runs of many requests shorter
 _LENGTH = 256  # of an answer, in tokens
-_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 60)  # of fixed trees
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of fixed trees
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,7 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trees", type=Path, default=RECORDED, help="recorded trees (default: of the shipped pair)")
     parser.add_argument("--requests", type=int, nargs="+", default=[4**i for i in range(7)], help="at once (default %(default)s)")
     parser.add_argument(
-        "--num-draft-tokens", type=int, default=16, help="most nodes per tree, of those recorded (default %(default)s)"
+        "--num-draft-tokens", type=int, default=64, help="most nodes per tree, of those recorded (default %(default)s)"
     )
     parser.add_argument("--max-depth", type=int, default=8, help="most levels (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for simulation.json, simulation.md and simulation.png")

@@ -226,7 +226,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--num-draft-tokens", type=int, default=16)
+    parser.add_argument("--num-draft-tokens", type=int, help="most nodes per tree (default: as in serving)")
     parser.add_argument("--enforce-eager", action="store_true")
     args = parser.parse_args(argv)
     if min(args.concurrency) < 1 or args.max_tokens < 2 or args.threads < 1:

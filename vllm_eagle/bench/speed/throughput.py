@@ -31,7 +31,8 @@ from vllm_eagle.bench.speed.sustained import Answer, Ask
 
 PLAIN = "plain"
 _FEWEST = 8  # answers in a round
-_SWEEP = (1, 2, 4, 8)  # nodes of fixed trees, if asked for; `fixed` has as many as `trees` may have
+_SWEEP = (1, 2, 3, 4, 5, 8, 16, 32)  # nodes of fixed trees, if asked for
+_MOST = (16, 32)  # nodes that the budget may choose from, likewise
 _SETTLE_S = 1.5  # after its last step a server of vLLM polls for a second, on a core that the next one needs
 
 
@@ -48,7 +49,7 @@ class Settings:
     dtype: str
     concurrency: tuple[int, ...]
     rounds: int
-    num_draft_tokens: int
+    num_draft_tokens: int | None
     only: list[str] | None
     threads: int | None
     medusa: str | None = None
@@ -59,7 +60,8 @@ class Settings:
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Engine arguments by name; `trees` is what users get by default, `fixedN` trees of at most N nodes without the budget.
+    """Engine arguments by name; `trees` is what users get by default, `treesN` has at most N nodes, `fixedN` likewise without the
+    budget.
 
     Those of vLLM's chains that are `_adaptive` run on GPUs alone.
     """
@@ -78,6 +80,7 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
     named |= {f"vllm_chain{size}_adaptive": vllm_chain(settings.head, size, adaptive=True) for size in (3, 5)}
     named |= {"uncoupled": own(coupled=False), "fixed_uncoupled": own(coupled=False, budget=False)}
     named |= {f"fixed{size}": ours(settings.head, size, budget=False) for size in _SWEEP}
+    named |= {f"trees{size}": ours(settings.head, size) for size in _MOST}
     unknown = [name for name in settings.only or [] if name not in named]
     if unknown:
         raise ValueError(f"--only: unknown variant {', '.join(unknown)}; known: {', '.join(named)}")
