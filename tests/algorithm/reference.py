@@ -36,10 +36,10 @@ def compacted(cache: Sequence[object], context_len: int, path: Sequence[int]) ->
     return [*cache[: context_len + 1], *(cache[context_len + node] for node in path)]
 
 
-def log_confidences(logits: Sequence[float], temperature: float, noise: Sequence[float], scale: float) -> list[float]:
-    """log softmax of (log softmax(logits) / T + noise) / scale."""
+def log_confidences(logits: Sequence[float], factor: float, noise: Sequence[float], weight: float) -> list[float]:
+    """log softmax of factor * log softmax(logits) + weight * noise."""
     total = math.log(sum(math.exp(x) for x in logits))
-    ranking = [((x - total) / temperature + g) / scale for x, g in zip(logits, noise, strict=True)]
+    ranking = [factor * (x - total) + weight * g for x, g in zip(logits, noise, strict=True)]
     top = max(ranking)
     norm = top + math.log(sum(math.exp(x - top) for x in ranking))
     return [x - norm for x in ranking]

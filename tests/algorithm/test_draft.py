@@ -16,7 +16,7 @@ from tests.algorithm import reference
 from vllm_eagle import native
 from vllm_eagle.algorithm import draft
 from vllm_eagle.algorithm.config import TreeConfig
-from vllm_eagle.algorithm.draft import NEVER, Batch, Level, Limits, Request, _Ranker, grow, grow_pool
+from vllm_eagle.algorithm.draft import NEVER, NOISE_WEIGHT, Batch, Level, Limits, Request, _Ranker, grow, grow_pool
 from vllm_eagle.algorithm.noise import gumbel
 from vllm_eagle.algorithm.shapes import StaticShape, best_static_shape
 from vllm_eagle.algorithm.tree import DraftTree, inner_nodes
@@ -90,12 +90,12 @@ def test_dynamic_growth_keeps_the_best_paths_of_all(
     noise_at = (lambda d: noise[None, d - 1].expand(2, -1) * (temperature > 0)) if coupled else None
     requests = [Request(0, num_draft_tokens, temperature), Request(0, max(1, num_draft_tokens - 1), temperature)]
     trees = grow(requests, head.root_logits(), head, config, noise_at)
-    scale = config.confidence_scale if coupled or temperature == 0 else 1.0
+    factor = 1 / (config.confidence_scale if coupled or temperature == 0 else temperature)
+    weight = NOISE_WEIGHT * temperature * factor if coupled else 0.0
     for req, tree in enumerate(trees):
 
         def confidences(path: Path, req: int = req) -> list[float]:
-            row = noise[len(path)].tolist() if coupled and temperature > 0 else [0.0] * VOCAB
-            return reference.log_confidences(head.logits(req, path).tolist(), temperature or 1.0, row, scale)
+            return reference.log_confidences(head.logits(req, path).tolist(), factor, noise[len(path)].tolist(), weight)
 
         best = reference.best_dynamic_tree(confidences, VOCAB, requests[req].num_draft_tokens, config.depth_limit)
         found = paths_of(tree)
@@ -218,12 +218,13 @@ def test_a_confident_head_gets_a_chain_and_few_rows() -> None:
 
 
 def test_coupled_drafting_proposes_what_the_target_samples() -> None:
-    """If head and target agree, the best child is the sampled token, always; without coupling only sometimes."""
+    """If the head's logits are the target's, but as flat as is expected of a head, the best child is the sampled token, always;
+    without coupling only sometimes."""
     hits = {True: 0, False: 0}
     for seed in range(200):
         noise = gumbel(torch.tensor([seed]), VOCAB)
         head = TableHead(1, seed, 1.0)
-        sampled = int((head.logits(0, ()) + noise[0]).argmax())
+        sampled = int((head.logits(0, ()) / NOISE_WEIGHT + noise[0]).argmax())
         for coupled in hits:
             tree = grow([Request(0, 1, 1.0)], head.root_logits(), head, TreeConfig(1), (lambda d, n=noise: n) if coupled else None)
             hits[coupled] += int(tree[0].token_ids[1]) == sampled
@@ -283,7 +284,7 @@ def test_native_children_are_those_of_torch(
     assert values.isfinite().equal(~hopeless)
     torch.testing.assert_close(values[~hopeless], expected[~hopeless], atol=2e-5, rtol=1e-5)
     # Tokens of equal logits may change places; each has the value that it is said to have.
-    noises = torch.zeros(3, vocab) if noise is None else noise / ranker._scale[:, None]
+    noises = torch.zeros(3, vocab) if noise is None else noise * ranker._noise_factors[:, None]
     ranking = (logits.float() * ranker._factors[:, None, None] + noises[:, None]).log_softmax(-1)
     torch.testing.assert_close(ranking.gather(-1, tokens)[~hopeless], values[~hopeless], atol=2e-5, rtol=1e-5)
     for row, hopeless_row in zip(tokens.flatten(0, 1), hopeless.flatten(0, 1), strict=True):

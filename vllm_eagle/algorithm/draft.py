@@ -7,7 +7,7 @@ parent's and the best nodes always form a tree, whose every prefix in score orde
 
 Two things differ from EAGLE-2:
 - Coupled drafting. A sampled token is `argmax(log p / T + noise)` with noise that is known before drafting. Ranking children by
-  `log q / T + noise` proposes what the target is about to sample; at T = 0 the noise is zero and this is plain EAGLE-2.
+  `log q / T` and the noise proposes what the target is about to sample; at T = 0 the noise is zero and this is plain EAGLE-2.
 - Growth stops when no unexpanded node could still enter the tree, or another level would not pay: a small confident tree becomes
   a chain by itself and hopeless branches cost no head pass. With as many nodes as a chain, the tree contains the chain where that
   is best.
@@ -32,6 +32,9 @@ from vllm_eagle.algorithm.shapes import StaticShape
 from vllm_eagle.algorithm.tree import DraftTree
 
 NEVER = float("-inf")
+# A head averages over what it does not know, so its logits are flatter than the target's, and the noise must weigh less beside
+# them. Measured with two heads: bench/README.md.
+NOISE_WEIGHT = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +147,14 @@ class _Ranker:
     """Order the children of a node and say how sure the head is of each."""
 
     def __init__(self, temperatures: torch.Tensor, confidence_scale: float, coupled: bool):
-        sampled = temperatures > 0
-        # With the noise known, or none, the outcome is certain and only the head's error is left: the confidence may be
-        # sharper than the probability. Without the noise, the probability at this temperature is the acceptance.
-        self._scale = torch.where(~sampled | coupled, confidence_scale, 1.0)
-        self._factors = 1 / (self._scale * torch.where(sampled, temperatures, 1.0))
+        # With the noise known, or none, the outcome is certain and only the head's error is left, which is one of its logits at any
+        # temperature: the confidence is that of `log q + T * noise` and may be sharper than the probability. Without the noise, the
+        # probability at this temperature is the acceptance.
+        hot = torch.where(temperatures > 0, temperatures, 1.0)
+        certain = (temperatures <= 0) | coupled
+        self._factors = torch.where(certain, 1 / confidence_scale, 1 / hot)
+        # There is noise with coupling only, and zero for greedy requests.
+        self._noise_factors = NOISE_WEIGHT * hot / confidence_scale
 
     def children(
         self,
@@ -157,7 +163,7 @@ class _Ranker:
         num_children: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log confidences and places in the draft vocabulary, both [num_reqs, width, num_children], best first."""
-        scaled = None if noise is None else noise / self._scale[:, None]
+        scaled = None if noise is None else noise * self._noise_factors[:, None]
         if logits.device.type == "cpu" and native.runs():
             values, tokens = torch.ops.vllm_eagle.best_children(logits, self._factors, scaled, num_children)
             return values, tokens
