@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_eagle.algorithm.draft import NOISE_WEIGHT
 from vllm_eagle.algorithm.noise import gumbel
 from vllm_eagle.evaluate.texts import Read
 from vllm_eagle.train.features.target import FrozenTarget
@@ -115,7 +116,7 @@ def _drafts(
             logits = head.logits(ready[some[:, 0], some[:, 1]], step).float()
             ids = head.target_ids if head.target_ids is not None else torch.arange(logits.shape[1], device=logits.device)
             if temperature > 0:
-                logits = logits / temperature + _noise(read, some, step, head.config.vocab_size)[:, ids]
+                logits = logits / temperature + NOISE_WEIGHT * _noise(read, some, step, head.config.vocab_size)[:, ids]
             tokens[some[:, 0], some[:, 1]] = ids[logits.argmax(-1)]
         drafts.append(tokens.cpu())
     return drafts
