@@ -16,6 +16,8 @@ from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -27,12 +29,13 @@ from vllm_eagle.attention.interface import TreeAttention
 from vllm_eagle.commands import doctor
 from vllm_eagle.engine import cuda_seams, seams
 from vllm_eagle.engine.filters import Filters
-from vllm_eagle.engine.layers import target_layers
+from vllm_eagle.engine.layers import blocks_are_given_back, target_layers
 from vllm_eagle.engine.v1 import first_pass
-from vllm_eagle.engine.v1.backlog import Piece
+from vllm_eagle.engine.v1.backlog import Backlog, Piece
 from vllm_eagle.engine.v1.cpu_runner import EagleTreeCPUModelRunner
 from vllm_eagle.engine.v1.cpu_worker import EagleTreeCPUWorker
 from vllm_eagle.engine.v1.first_pass import FirstPass, passes
+from vllm_eagle.engine.v1.proposer import EagleTreeProposer
 from vllm_eagle.engine.v1.runner import EagleTreeRunner
 from vllm_eagle.engine.v1.scheduler import EagleTreeScheduler as V1Scheduler
 from vllm_eagle.engine.worker import EagleTreeWorker
@@ -313,6 +316,39 @@ def test_layers_are_compacted_with_those_alike() -> None:
         for gid, alike in target_layers(config, layers, {"head"})  # type: ignore[arg-type]
     ]
     assert found == [(0, [caches["a"].data_ptr(), caches["b"].data_ptr()]), (0, [caches["c"].data_ptr()])]
+
+
+def test_a_head_with_a_window_gives_blocks_back() -> None:
+    """To others: what was put off may not be written there any more. A window that the cache does not know of changes nothing."""
+    kind = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    whole, known = FullAttentionSpec(**kind), FullAttentionSpec(**kind, sliding_window=64)
+    sliding = SlidingWindowSpec(**kind, sliding_window=64)
+
+    def given_back(target: Any, head: Any) -> bool:
+        groups = [
+            SimpleNamespace(layer_names=["a"], kv_cache_spec=target),
+            SimpleNamespace(layer_names=["head"], kv_cache_spec=head),
+        ]
+        return blocks_are_given_back(SimpleNamespace(kv_cache_groups=groups), {"head"})  # type: ignore[arg-type]
+
+    assert [given_back(*pair) for pair in ((whole, whole), (sliding, known), (whole, sliding))] == [False, False, True]
+    of_unlike = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": sliding, "head": whole})
+    shared = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["a", "head"], kv_cache_spec=of_unlike)])
+    assert not blocks_are_given_back(shared, {"head"})  # type: ignore[arg-type]
+    assert blocks_are_given_back(shared, {"a"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("of_the_head", "waiting"), [("a", 0), ("head", 2)])
+def test_nothing_is_put_off_for_such_a_head(of_the_head: str, waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    specs = {"a": SlidingWindowSpec(**kind, sliding_window=64), "head": FullAttentionSpec(**kind)}
+    groups = [SimpleNamespace(layer_names=[name], kv_cache_spec=spec) for name, spec in specs.items()]
+    monkeypatch.setattr(EagleProposer, "initialize_attn_backend", lambda *args: None)
+    found = EagleTreeProposer.__new__(EagleTreeProposer)
+    found._draft_attn_layer_names, found._backlog = {of_the_head}, Backlog(10)
+    found.initialize_attn_backend(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
+    found._backlog.keep(torch.arange(2), torch.zeros(2, 8), {"x": (0, range(2))})
+    assert (found._backlog.waiting("x"), found._backlog.is_lost("x")) == (waiting, not waiting)
 
 
 # The device "meta" refuses, as a GPU does, to be mixed with tensors of the host.

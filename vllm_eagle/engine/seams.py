@@ -82,6 +82,7 @@ _SEAMS = (
         "requests structured_output_request_ids scheduled_spec_decode_tokens",
         "engine/v1/grammar.py",
     ),
+    (EagleProposer, "initialize_attn_backend", "kv_cache_config kernel_block_sizes", "engine/v1/proposer.py"),
     (
         EagleProposer,
         "prepare_inputs",

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -27,6 +28,7 @@ from vllm_eagle.algorithm.tree import DraftTree
 from vllm_eagle.attention.levels import DraftLevels
 from vllm_eagle.engine.draft_vocab import DraftLogits
 from vllm_eagle.engine.filters import Filters
+from vllm_eagle.engine.layers import blocks_are_given_back
 from vllm_eagle.engine.v1.backlog import Backlog
 from vllm_eagle.engine.v1.first_pass import FirstPass, passes
 from vllm_eagle.engine.v1.grammar import DraftConstraints
@@ -75,6 +77,12 @@ class EagleTreeProposer(EagleProposer):
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
         feature_bytes = vllm_config.model_config.get_hidden_size() * (3 if self.method == "eagle3" else 1) * self.dtype.itemsize
         self._backlog = Backlog(BACKLOG_BYTES // feature_bytes)
+
+    def initialize_attn_backend(self, kv_cache_config: KVCacheConfig, *args: Any) -> None:
+        """As vLLM's. What was put off would be written to blocks that others may have by then, if the head lets go of any."""
+        super().initialize_attn_backend(kv_cache_config, *args)
+        if blocks_are_given_back(kv_cache_config, self._draft_attn_layer_names):
+            self._backlog = Backlog(0)  # requests for which nothing is drafted once are left behind
 
     def prepare_inputs(
         self,

@@ -36,7 +36,7 @@ from vllm_eagle.attention.interface import check_layers
 from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.grammars import grammars_follow_trees
 from vllm_eagle.engine.head_window import limit_head
-from vllm_eagle.engine.layers import target_layers
+from vllm_eagle.engine.layers import blocks_are_given_back, target_layers
 from vllm_eagle.engine.loaded import name_aux_layers
 from vllm_eagle.engine.v2 import measuring
 from vllm_eagle.engine.v2.backlog import Backlog
@@ -151,6 +151,8 @@ class EagleTreeRunner(GPUModelRunner):
         """As vLLM's; then prepare compaction, and with a budget captured passes of requests with unequal numbers of rows."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._prepare_moves()
+        if blocks_are_given_back(kv_cache_config, self.speculator.draft_attn_layer_names):
+            self.speculator.backlog = None  # what was put off would be written to blocks that others may have by then
         if not self.tree_config.budget:
             return
         self.cudagraph_manager = ModelCudaGraphManager(
