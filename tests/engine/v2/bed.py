@@ -6,9 +6,11 @@ What stands between stock vLLM 0.32 and that, all of it here:
 - vLLM's Triton kernel of top-k and top-p does not run in the interpreter (an integer argument has no `.to`): its torch one does.
 - vLLM's kernel that writes to the cache asks for a GPU's compute capability.
 - vLLM's CPU platform switches asynchronous scheduling off, and its CPU worker names a runner.
-- Triton is looked for when vLLM is imported, so an engine of this kind runs in a process of its own: `Bed`.
+- Triton is looked for when vLLM is imported, so an engine of this kind runs in a process of its own: `Bed`. Ranks of tensor
+  parallelism are forked from it, so they have all of this; vLLM would spawn them. Forked threads would hang: `fresh`. Ranks talk
+  through gloo: with the memory that vLLM has them share on CPUs they would keep each other from work while they wait.
 
-It cannot show races, 16-bit arithmetic, FlashAttention, or speed. CUDA graphs: graphs.py.
+It cannot show races, 16-bit arithmetic, FlashAttention's own kernels (flash_by_torch.py), or speed. CUDA graphs: graphs.py.
 """
 
 import multiprocessing
@@ -16,7 +18,7 @@ import os
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,9 @@ class Case:
     params: Sequence[dict[str, Any]]  # of SamplingParams; "structured": of StructuredOutputsParams
     adapters: Sequence[str] = ()  # folders of LoRA adapters; request i gets the i-th, the others none
     engine: dict[str, Any] = field(default_factory=dict)  # engine arguments; none of trees: plain
-    attention: str = "triton"  # or "cpu": vLLM's CPU attention and our operator; "stock": vLLM's Triton attention, for plain
+    # Or "cpu": vLLM's CPU attention and our operator; "flash", "xformers": CUDA's others, their kernels by torch; "stock": vLLM's
+    # Triton attention, for plain.
+    attention: str = "triton"
     is_async: bool = False
     patches: tuple[str, ...] = ()  # names of functions in breakages.py
     sessions: bool = False  # of several turns (tests/engine/test_sessions.py), one for each of `params`; no prompts
@@ -73,6 +77,15 @@ class Bed:
         """End the process."""
         self._pool.shutdown()
 
+    @classmethod
+    def fresh(cls, case: Case) -> Answers:
+        """Run a case in a process of its own, which has no threads yet: its ranks are forked from it."""
+        found = cls()
+        try:
+            return found.run(case)
+        finally:
+            found.close()
+
 
 def _prepare() -> None:
     os.environ |= {
@@ -81,6 +94,7 @@ def _prepare() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores that there are
     }
     import triton.backends
     from triton.backends.compiler import GPUTarget
@@ -97,9 +111,13 @@ def _prepare() -> None:
     import torch
 
     torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p: topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+    by_torch = topk_topp_sampler.apply_top_k_top_p_pytorch
+    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **others: by_torch(logits, k, p)
     from vllm_eagle.options import devices
 
     # This machine's engine is that of GPUs, with the bed's worker; vLLM's CPU platform has its say in how steps are scheduled.
@@ -113,7 +131,15 @@ def _run(case: Case) -> Answers:
     from tests.engine.v2 import audit, graphs
 
     arguments = ENGINE | case.engine
-    with _configured(case), _broken(case.patches), graphs.installed() if case.capture_sizes else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(_configured(case))
+        stack.enter_context(_broken(case.patches))
+        if case.capture_sizes:
+            stack.enter_context(graphs.installed())
+        if case.attention in ("flash", "xformers"):
+            from tests.engine.v2 import flash_by_torch
+
+            stack.enter_context(flash_by_torch.installed(case.attention == "xformers"))
         if "spec_model" in arguments or case.attention == "stock":
             from tests.engine.v2 import worker
 
@@ -131,7 +157,8 @@ def _run(case: Case) -> Answers:
                 )
             stats, recent = ({}, [])
             if "spec_model" in arguments:
-                stats, recent = (llm.collective_rpc(name)[0] for name in ("eagle_stats", "eagle_recent_trees"))
+                of_ranks, (recent, *_) = (llm.collective_rpc(name) for name in ("eagle_stats", "eagle_recent_trees"))
+                stats = of_ranks[0] | {"of_ranks": [dict(each) for each in of_ranks]}
             stats |= {"graphs": dict(graphs.counts)}
             if case.audit:
                 stats |= {"host_reads": dict(audit.found), "num_idle": len(audit.idle)}
@@ -175,6 +202,7 @@ def _configured(case: Case) -> Iterator[None]:
 
     def check(cls: type, config: Any) -> None:
         stock(cls, config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         config.scheduler_config.async_scheduling = case.is_async
         if case.capture_sizes:
             compilation = config.compilation_config
@@ -191,8 +219,6 @@ def _configured(case: Case) -> Iterator[None]:
 
 @contextmanager
 def _broken(patches: tuple[str, ...]) -> Iterator[None]:
-    from contextlib import ExitStack
-
     from tests.engine.v2 import breakages
 
     with ExitStack() as stack:

@@ -8,11 +8,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
-from vllm_eagle.engine.v2 import by_depth, measuring, runner, sampler, scheduler, slots, speculator
+from vllm_eagle.engine.v2 import by_depth, late, measuring, runner, sampler, scheduler, slots, speculator
 from vllm_eagle.engine.v2.budgeting import Budgeting
 from vllm_eagle.engine.v2.drafts import Drafts
 from vllm_eagle.ops import tree_attention
@@ -119,6 +120,30 @@ def nodes_cost() -> AbstractContextManager[Any]:
 def drafting_never_pays() -> AbstractContextManager[Any]:
     """The head is as slow as ten target passes."""
     return _believing([1.0] * 7, [10.0] * 7)
+
+
+def ranks_see_other_times() -> AbstractContextManager[Any]:
+    """All but the first rank measure that drafting never pays, and nothing that they have sent for ever arrives."""
+    stack, measured, poll = ExitStack(), measuring.measured, late.LateReads.poll
+    curves = (CostCurve([1, 64], seconds) for seconds in ([1.0, 1.0], [10.0, 10.0]))
+    dear = Budget(*curves, 8, 3)
+    stack.enter_context(patch.object(measuring, "measured", lambda its: (dear, measured(its))[_is_first()]))
+    stack.enter_context(patch.object(late.LateReads, "poll", lambda self: poll(self) if _is_first() else None))
+    return stack
+
+
+def ranks_draft_for_themselves() -> AbstractContextManager[Any]:
+    """The second rank's trees have other tokens."""
+    stock = speculator.rerank
+
+    def ranked(roots: torch.Tensor, tokens: torch.Tensor, *args: Any) -> Any:
+        return stock(roots, tokens if _is_first() else tokens + 1, *args)
+
+    return patch.object(speculator, "rerank", ranked)
+
+
+def _is_first() -> bool:
+    return get_tp_group().rank_in_group == 0
 
 
 def stale_trees() -> AbstractContextManager[Any]:

@@ -161,6 +161,19 @@ def launched(run: Callable[..., None]) -> Callable[..., None]:
     return recorded
 
 
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """What stands in for a compiled kernel: nobody sees into it, and while a graph is captured it is recorded as one launch."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        if _capturing:
+            _capturing[-1].launch(lambda its, *own, **others: its(*own, **others), function, args, kwargs)
+            return
+        with dispatch_mode_paused() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            function(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def installed() -> Iterator[None]:
     """vLLM captures and replays through these graphs, on a CPU."""

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -12,6 +13,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_eagle.attention.cuda import TreeTritonAttentionBackend
+from vllm_eagle.attention.flash import TreeFlashAttentionBackend
+from vllm_eagle.attention.xformers import TreeXFormersBackend
 from vllm_eagle.engine.v2.runner import EagleTreeRunner
 from vllm_eagle.engine.worker import EagleTreeWorker
 
@@ -34,8 +37,28 @@ class StockInCPUsPlace(TritonAttentionBackend):
         return "CPU_ATTN"
 
 
+class FlashInCPUsPlace(TreeFlashAttentionBackend):
+    """As the first one, with what stands in for FlashAttention's kernels (flash_by_torch.py)."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of CPU attention."""
+        return "CPU_ATTN"
+
+
+class XFormersInCPUsPlace(TreeXFormersBackend):
+    """Likewise."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of CPU attention."""
+        return "CPU_ATTN"
+
+
 _BACKENDS = {
     "triton": f"{__name__}.TritonInCPUsPlace",
+    "flash": f"{__name__}.FlashInCPUsPlace",
+    "xformers": f"{__name__}.XFormersInCPUsPlace",
     "stock": f"{__name__}.StockInCPUsPlace",
     "cpu": "vllm_eagle.attention.cpu.TreeCPUAttentionBackend",
 }
@@ -90,9 +113,12 @@ class TreeV2Worker(EagleTreeWorker, CPUWorker):
         self.model_runner.init_trees(self.new_metrics())
 
     def compile_or_warm_up_model(self) -> Any:
-        """Capture graphs, if any are asked for (graphs.py), and measure what passes cost; then as vLLM's."""
+        """Capture graphs, if any are asked for (graphs.py); then as vLLM's, and as our worker for GPUs after its warm-up."""
         if self.model_runner.needs_cudagraph_capture():
             init_workspace_manager(self.device)  # as vLLM's worker for GPUs
             self.model_runner.capture_model()
+        found = super().compile_or_warm_up_model()
+        self.model_runner.forget_warm_up()
         self.model_runner.measure_costs()
-        return super().compile_or_warm_up_model()
+        set_random_seed(self.model_config.seed, self.parallel_config.data_parallel_index)
+        return found
