@@ -54,7 +54,6 @@ BREAKS: dict[str, dict[str, object]] = {
     "KV connectors, disaggregated prefill": {"kv_transfer_config": object()},
     "async scheduling on CPUs": {"scheduler_config.async_scheduling": True},
     "quantized KV cache (fp8, int8, ...) on CPUs": {"cache_config.cache_dtype": "fp8"},
-    "logprobs of processed logits, on CUDA": ON_CUDA | {"model_config.logprobs_mode": "processed_logprobs"},
     "sampling masks, on CUDA": ON_CUDA | {"model_config.return_sampling_mask": True},
     "trace replay, on CUDA": ON_CUDA | {"model_config.enable_trace_replay": True},
     "watermarking, on CUDA": ON_CUDA | {"watermark_config": object()},

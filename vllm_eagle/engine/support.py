@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm.config import VllmConfig
-from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 
@@ -311,11 +310,6 @@ def _v2_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text
     _engine_rule(f"{feature}, on CUDA", why, lambda config: _engine(config).is_v2 and applies(config), text)
 
 
-_v2_rule(
-    "logprobs of processed logits", "all nodes are sampled at once, the path is known later",
-    lambda c: c.model_config.logprobs_mode in PROCESSED_LOGPROBS_MODES,
-    "logprobs_mode: only raw_logprobs and raw_logits are known along a tree; set it to one of them",
-)  # fmt: skip
 _v2_rule(
     "sampling masks", "they are made where vLLM verifies chains", lambda c: bool(c.model_config.return_sampling_mask),
     "return_sampling_mask: masks are made where vLLM verifies chains; remove it",

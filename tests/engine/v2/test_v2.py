@@ -32,9 +32,9 @@ HOST_VALUES = {
 }
 
 
-def case(params: list[dict[str, Any]], max_tokens: int, **changes: Any) -> Case:
+def case(params: list[dict[str, Any]], max_tokens: int, model: str = str(TARGET), **changes: Any) -> Case:
     prompts = prompts_of(TARGET, len(params))
-    return Case(str(TARGET), prompts, [{"max_tokens": max_tokens} | each for each in params], **changes)
+    return Case(model, prompts, [{"max_tokens": max_tokens} | each for each in params], **changes)
 
 
 def trees(num_draft_tokens: int = 8, **options: Any) -> dict[str, Any]:
@@ -171,6 +171,26 @@ def test_what_requests_ask_for_besides(bed: Bed, is_async: bool) -> None:
         same_logprobs(expected.logprobs[i], found.logprobs[i])
     same_logprobs(expected.prompt_logprobs[1], found.prompt_logprobs[1])
     assert found.stats["num_verifications"] > 0
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [
+        ("raw_logits", ("greedy", "filtered")),
+        ("processed_logprobs", ("greedy", "filtered", "biased")),
+        ("processed_logits", ("filtered", "penalties")),
+    ],
+)
+def test_what_logprobs_are_of(bed: Bed, mode: str, kinds: tuple[str, ...]) -> None:
+    """Of what the model says, or of what was sampled from, also where that depends on the path to a node."""
+    params = [MANY[kind] | {"logprobs": 3} for kind in kinds]
+    asked = case([*params, MANY["sampled"] | {"logprob_token_ids": [5, 300, 17]}], 12, engine={"logprobs_mode": mode})
+    expected, found = bed.run(asked), bed.run(with_trees(asked, trees(), attention="cpu", is_async=True))
+    assert found.token_ids == expected.token_ids
+    for plain_logprobs, logprobs in zip(expected.logprobs, found.logprobs, strict=True):
+        same_logprobs(plain_logprobs, logprobs)
+    assert found.stats["num_moved"] > 0
 
 
 @exhaustive

@@ -10,8 +10,10 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_eagle.engine.v2.rows import NodeRows, Walked, draw
 
 
-def walk_by_depth(sampler: Sampler, part: NodeRows, max_depth: int) -> Walked:
-    """As ops/walk.py."""
+def walk_by_depth(
+    sampler: Sampler, part: NodeRows, max_depth: int, keeps_logits: bool
+) -> tuple[Walked, torch.Tensor | None]:  # ..., [num_reqs * (max_depth + 1), vocab] or None
+    """As ops/walk.py; besides, where asked for, the logits that tokens along the paths were drawn from."""
     device, num_reqs = part.logits.device, len(part.slots)
     places = torch.arange(part.token_ids.shape[1], device=device)
     is_node = (places < part.num_nodes[:, None]) & (places > 0)
@@ -19,15 +21,17 @@ def walk_by_depth(sampler: Sampler, part: NodeRows, max_depth: int) -> Walked:
     emitted = torch.full((num_reqs, max_depth + 1), -1, dtype=torch.int64, device=device)
     lengths = torch.zeros(num_reqs, dtype=torch.int32, device=device)
     node, going = torch.zeros(num_reqs, dtype=torch.int64, device=device), torch.ones(num_reqs, dtype=torch.bool, device=device)
-    chain = [part.first_rows]
+    chain, kept = [part.first_rows], []
     for depth in range(max_depth + 1):
         rows = torch.stack(chain, 1).flatten()
         slots = part.slots.repeat_interleave(depth + 1, output_size=len(rows))
         place_in_chain = torch.arange(depth + 1, dtype=torch.int32, device=device).repeat(num_reqs)
         last = slice(depth, None, depth + 1)
-        token = draw(
+        token, processed = draw(
             sampler, part.logits[rows], part, slots, place_in_chain, part.positions[rows], part.input_ids[rows], last
         )  # fmt: skip
+        if keeps_logits:
+            kept.append(processed)
         emitted[:, depth] = torch.where(going, token, -1)
         if depth == max_depth:
             break
@@ -38,4 +42,4 @@ def walk_by_depth(sampler: Sampler, part: NodeRows, max_depth: int) -> Walked:
         paths[:, depth] = torch.where(going, child, 0).int()
         lengths += going
         chain.append(part.first_rows + node)
-    return paths, emitted, lengths
+    return (paths, emitted, lengths), torch.stack(kept, 1).flatten(0, 1) if keeps_logits else None

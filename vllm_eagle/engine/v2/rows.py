@@ -39,14 +39,14 @@ def draw(
     positions: torch.Tensor,
     input_ids: torch.Tensor,
     last: Any = slice(None),  # of which rows a token is wanted
-) -> torch.Tensor:  # [rows wanted] int64
+) -> tuple[torch.Tensor, torch.Tensor]:  # [rows wanted] int64; [rows wanted, vocab], the logits that they were drawn from
     """Tokens that plain decoding would sample after these rows, which vLLM's kernels take for chains, at these places."""
     processed = sampler.apply_sampling_params(
         logits, slot_of_row, part.slots, part.slots_np, positions, input_ids, place_of_row, part.longest_np
     )
-    states = sampler.sampling_states
-    return gumbel_sample(
-        processed[last].contiguous(),
+    states, processed = sampler.sampling_states, processed[last].contiguous()
+    sampled = gumbel_sample(
+        processed,
         slot_of_row[last].contiguous(),
         states.temperature.gpu,
         states.seeds.gpu,
@@ -55,3 +55,4 @@ def draw(
         is_drafting=False,
         use_fp64=sampler.use_fp64_gumbel,
     )
+    return sampled, processed

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
@@ -55,35 +56,20 @@ class TreeSampler(RejectionSampler):
     ) -> SamplerOutput:
         """Tokens [num_reqs, max_depth + 1] int64, padded with -1."""
         batch, sampler = input_batch, self.sampler
-        walked = [self._walk(part) for part in self._parts(logits, batch, invalid_drafts)]
+        dims = sampler.get_logprobs_dims(batch.idx_mapping_np)
+        found = [self._walk(part, dims) for part in self._parts(logits, batch, invalid_drafts)]
+        walked, logprobs = zip(*found, strict=True)
         self.paths, emitted, lengths = walked[0] if len(walked) == 1 else map(torch.cat, zip(*walked, strict=True))
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             lengths + 1, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, sampler.req_states.prefill_len.gpu
         )
+        width = emitted.shape[1]
         return SamplerOutput(
             sampled_token_ids=emitted,
-            logprobs_tensors=self._logprobs(logits, batch, emitted),
+            logprobs_tensors=LogprobsTensors.cat(logprobs, [width * i for i in range(batch.num_reqs + 1)]) if dims else None,
             num_nans=self._num_nans(logits, batch) if sampler.compute_nans else None,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
-        )
-
-    def _logprobs(self, logits: torch.Tensor, batch: InputBatch, emitted: torch.Tensor) -> LogprobsTensors | None:
-        """Of the rows along the paths: vLLM takes a request's i-th row for that of its i-th token."""
-        dims = self.sampler.get_logprobs_dims(batch.idx_mapping_np)
-        if dims is None:
-            return None
-        most, most_token_ids = dims
-        places = batch.expanded_local_pos.long().clamp(max=emitted.shape[1] - 1)
-        return compute_topk_scores(
-            logits[self._path_first(batch, len(logits))],
-            most,
-            emitted[_request_of_row(batch, len(logits)), places].clamp(min=0),  # behind a path's end they are not looked at
-            batch.cu_num_logits.clone(),
-            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
-            expanded_idx_mapping=batch.expanded_idx_mapping,
-            max_per_req_token_ids=most_token_ids,
-            logits_mode=self.sampler.logprobs_mode == "raw_logits",
         )
 
     @staticmethod
@@ -125,24 +111,48 @@ class TreeSampler(RejectionSampler):
                 num_nodes=num_nodes[mine],
             )
 
-    def _walk(self, part: NodeRows) -> Walked:
+    def _walk(self, part: NodeRows, dims: tuple[int, int] | None) -> tuple[Walked, LogprobsTensors | None]:
+        """`dims`: what vLLM says of the batch's logprobs; None: nobody wants any."""
+        wants_processed = dims is not None and self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        drawn_from: torch.Tensor | None
         if self._depends_on_path[part.slots_np].any():
-            return walk_by_depth(self.sampler, part, self._max_depth)
-        sampled = draw(self.sampler, part.logits, part, part.slot_of_row, part.node_of_row, part.positions, part.input_ids)
-        targets = torch.zeros_like(part.token_ids)
-        at = torch.searchsorted(part.first_rows, torch.arange(len(sampled), device=sampled.device), right=True) - 1
-        targets[at, part.node_of_row.long()] = sampled
-        return walk(part.token_ids, part.parents, part.num_nodes, targets, self._max_depth)
+            walked, drawn_from = walk_by_depth(self.sampler, part, self._max_depth, wants_processed)
+        else:
+            sampled, processed = draw(
+                self.sampler, part.logits, part, part.slot_of_row, part.node_of_row, part.positions, part.input_ids
+            )  # fmt: skip
+            targets = torch.zeros_like(part.token_ids)
+            at = torch.searchsorted(part.first_rows, torch.arange(len(sampled), device=sampled.device), right=True) - 1
+            targets[at, part.node_of_row.long()] = sampled
+            walked = walk(part.token_ids, part.parents, part.num_nodes, targets, self._max_depth)
+            drawn_from = processed[_path_rows(part, walked[0])] if wants_processed else None
+        if dims is None:
+            return walked, None
+        along = part.logits[_path_rows(part, walked[0])] if drawn_from is None else drawn_from
+        return walked, self._logprobs(along, part, walked[1], *dims)
 
-    def _path_first(self, batch: InputBatch, num_rows: int) -> torch.Tensor:
-        """[num_rows] int64: rows of each request, those of its path before all others."""
-        order = torch.arange(num_rows, device=self.paths.device)
-        first = batch.cu_num_logits[:-1].long()
-        for depth in range(1, self.paths.shape[1] + 1):
-            node = self.paths[:, depth - 1].long()
-            # Where the path has ended: the root's row onto itself.
-            order[first + torch.where(node > 0, depth, 0)] = first + node
-        return order
+    def _logprobs(
+        self,
+        along: torch.Tensor,  # [num_reqs * (max_depth + 1), vocab], logits along the paths
+        part: NodeRows,
+        emitted: torch.Tensor,  # [num_reqs, max_depth + 1] int64, then -1: there logprobs are not looked at
+        most: int,
+        most_token_ids: int,
+    ) -> LogprobsTensors:
+        return compute_topk_scores(
+            along,
+            most,
+            emitted.flatten().clamp(min=0),
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=part.slots[:, None].expand_as(emitted).flatten(),
+            max_per_req_token_ids=most_token_ids,
+            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+        )
+
+
+def _path_rows(part: NodeRows, paths: torch.Tensor) -> torch.Tensor:
+    """[num_reqs * (max_depth + 1)] int64: the root's row, then those along the path; behind its end the root's again."""
+    return (part.first_rows[:, None] + torch.nn.functional.pad(paths.long(), (1, 0))).flatten()
 
 
 def _request_of_row(batch: InputBatch, num_rows: int) -> torch.Tensor:  # [num_rows] int64
