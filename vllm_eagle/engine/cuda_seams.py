@@ -35,6 +35,7 @@ def of_attention() -> Iterator[tuple[Any, str, str, str]]:
 
 def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     """Of the V2 runner, its sampler, speculator and scheduler."""
+    from vllm.v1 import outputs
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.worker.gpu import async_utils, attn_utils, block_table, cudagraph_utils, input_batch, model_runner
     from vllm.v1.worker.gpu.metrics import logits
@@ -97,6 +98,7 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
         file,
     )
     yield logits, "get_num_nans", "", file
+    yield outputs.LogprobsTensors, "cat", "cu_num_generated_tokens", file
     file = "engine/v2/rows.py"
     yield (
         sampler.Sampler,
@@ -117,7 +119,8 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
     yield (
         EagleSpeculator,
         "sample_draft",
-        "hidden_states sample_src_positions idx_mapping temperature seeds draft_step draft_logits spec_step_idx",
+        "hidden_states sample_src_positions idx_mapping temperature seeds draft_step draft_logits spec_step_idx"
+        "| hidden_states sample_src_positions idx_mapping temperature seeds draft_step draft_logits spec_step_idx num_steps",
         file,
     )
     yield (
