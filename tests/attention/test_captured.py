@@ -78,7 +78,7 @@ def test_a_replay_is_right_for_other_trees(name: str, multiprocessors: int, monk
     table = torch.zeros(MOST_REQS, BLOCKS, dtype=torch.int32)
 
     batch_trees.fill(trees, torch.arange(MOST_REQS), starts, seq_lens)
-    metadata = SimpleNamespace(block_table=table, query_start_loc=starts, plain=None, plain_rows=None)
+    metadata = SimpleNamespace(block_table=table, query_start_loc=starts, plain=None, plain_rows=None, max_num_splits=0)
     builder.attach_prefix(metadata, batch_trees.rows(table, MOST_NODES), starts.clone(), BLOCKS * BLOCK)
     graph = graphs.Graph()
     with graphs.captured(graph):

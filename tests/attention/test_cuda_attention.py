@@ -129,6 +129,7 @@ def test_rows_of_trees_and_others_are_divided_and_put_together(
         trees=None,
         plain=None,
         plain_rows=None,
+        max_num_splits=0,
     )
     builder = backend.get_builder_cls().__new__(backend.get_builder_cls())
     builder.attach_prefix(metadata, TreeRows(*(x[:num_trees] for x in of_all)), starts, max(contexts))

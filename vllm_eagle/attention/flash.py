@@ -76,6 +76,7 @@ class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
             softcap=soft_cap,
             block_table=rows.block_table,
             return_softmax_lse=True,
+            num_splits=metadata.max_num_splits,  # in graphs, where its own choice would go by what it sees at capture
             fa_version=self.vllm_flash_attn_version,
             k_descale=trees.layer._k_scale.expand(descale),
             v_descale=trees.layer._v_scale.expand(descale),
