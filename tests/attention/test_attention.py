@@ -1,5 +1,7 @@
 """The CPU kernel and the packed cache against plain torch, on ragged batches of trees in vLLM's own block layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vllm import _custom_ops as ops
@@ -49,7 +51,7 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize(
-    ("isa", "dtype"),  # AMX packs by offsets, in bfloat16 alone
+    ("isa", "dtype"),  # AMX packs in pairs, in bfloat16 alone
     [("vec", torch.float32), ("vec", torch.bfloat16), ("vec", torch.float16), pytest.param("amx", torch.bfloat16, marks=AMX)],
 )
 @pytest.mark.parametrize("heads", [(6, 2, 64), (32, 8, 128), (4, 4, 32), (3, 1, 80)])
@@ -66,6 +68,25 @@ def test_tree_attention_equals_the_reference(
     isa: str, dtype: torch.dtype, heads: tuple[int, int, int], sizes: list[tuple[int, int]]
 ) -> None:
     compare_with_the_reference(isa, dtype, heads, sizes)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [("vec", torch.float32), ("vec", torch.bfloat16), ("vec", torch.float16), pytest.param("amx", torch.bfloat16, marks=AMX)],
+)
+@pytest.mark.parametrize("block_size", [64, 128, 96])  # 128 is vLLM's own
+def test_large_blocks_are_read_where_they_lie(isa: str, dtype: torch.dtype, block_size: int) -> None:
+    """With whole tiles, tiles that end in the middle, and an odd number of tokens in the last one."""
+    sizes = [(17, 128), (33, 95), (1, 257), (61, 640), (2, 127), (140, 13)]
+    compare_with_the_reference(isa, dtype, (6, 2, 64), sizes, block_size=block_size)
+    compare_with_the_reference(isa, dtype, (6, 2, 64), sizes, window=70, block_size=block_size)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_packing_without_a_name_is_read_number_by_number(dtype: torch.dtype) -> None:
+    compare_with_the_reference("vec", dtype, (6, 2, 64), [(17, 100), (5, 1), (61, 257)], packing=cpu_cache.Packing.BY_OFFSET)
 
 
 @pytest.mark.usefixtures("operators")
@@ -96,6 +117,8 @@ def compare_with_the_reference(
     window: int = 0,
     soft_cap: float = 0.0,
     has_sinks: bool = False,
+    block_size: int = BLOCK,
+    packing: cpu_cache.Packing | None = None,  # that of `isa`
 ) -> None:
     num_heads, num_kv_heads, head_dim = heads
     generator = torch.Generator().manual_seed(0)
@@ -104,9 +127,9 @@ def compare_with_the_reference(
         return torch.randn(*shape, generator=generator).to(dtype)
 
     # Blocks in random order, written by vLLM's own op; the trees' rows lie apart, in one packed projection as in a model.
-    counts = [-(-(context + nodes) // BLOCK) for nodes, context in sizes]
+    counts = [-(-(context + nodes) // block_size) for nodes, context in sizes]
     order = torch.randperm(sum(counts), generator=generator) + 1
-    kv_cache = torch.full((sum(counts) + 1, num_kv_heads, BLOCK, 2 * head_dim), float("nan"), dtype=dtype)
+    kv_cache = torch.full((sum(counts) + 1, num_kv_heads, block_size, 2 * head_dim), float("nan"), dtype=dtype)
     key_cache, value_cache = cpu_cache.split_block(kv_cache)
     tables, contexts, taken = torch.zeros(len(sizes), max(counts), dtype=torch.int32), [], 0
     for i, ((_, context), count) in enumerate(zip(sizes, counts, strict=True)):
@@ -115,7 +138,7 @@ def compare_with_the_reference(
         taken += count
         positions = torch.arange(context)
         key, value = random(context, num_kv_heads, head_dim), random(context, num_kv_heads, head_dim)
-        slots = blocks[positions // BLOCK] * BLOCK + positions % BLOCK
+        slots = blocks[positions // block_size] * block_size + positions % block_size
         ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
         contexts.append((key, value))
     nodes = torch.tensor([n for n, _ in sizes])
@@ -126,7 +149,9 @@ def compare_with_the_reference(
     parents = [random_parents(n, generator) for n, _ in sizes]
     ancestors = torch.stack([ancestors_of(p, int(nodes.max())) for p in parents])
 
-    layout = cpu_cache.probe_layout(isa, dtype, BLOCK, head_dim)
+    layout = cpu_cache.probe_layout(isa, dtype, block_size, head_dim)
+    if packing is not None:
+        layout = replace(layout, packing=packing)
     output = torch.full((num_rows, num_heads, head_dim), 7.0, dtype=dtype)
     context_lens = torch.tensor([c for _, c in sizes])
     rows = TreeRows(tables, context_lens, first_rows, nodes, first_rows, nodes, ancestors)
@@ -226,4 +251,4 @@ def test_tokens_are_read_and_moved_in_every_packing(isa: str, dtype: torch.dtype
     for layer in layers:
         for found, written in zip(cpu_cache.read_blocks(layer, layout, blocks), (key, value), strict=True):
             assert torch.equal(found, written[moved])
-    assert layout.key_is_transposed == isa.startswith("vec")
+    assert layout.packing == (cpu_cache.Packing.BY_ROW if isa.startswith("vec") else cpu_cache.Packing.BY_PAIR)

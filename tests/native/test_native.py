@@ -1,6 +1,7 @@
 """The C++ operators are built once, and nothing fails where they cannot be built."""
 
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -35,6 +36,25 @@ def test_built_once(tmp_path: Path) -> None:
     compiler.chmod(0o755)
     assert told(tmp_path, CXX=str(compiler)) == "None True"  # built anew
     assert library.read_bytes() == whole.read_bytes()
+
+
+WITH_FLAGS = """
+import sys, pytest
+from vllm_eagle import native
+native._FLAGS = tuple(sys.argv[1] if flag == "-march=native" else flag for flag in native._FLAGS)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/attention/test_attention.py", "-k", "native"]))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="-march=x86-64-v3")
+def test_attention_is_right_without_what_this_cpu_has_beyond_avx2(tmp_path: Path) -> None:
+    root, environment = Path(__file__).parents[2], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WITH_FLAGS, "-march=x86-64-v3"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+    assert list((tmp_path / "vllm_eagle").iterdir())  # built anew
 
 
 def test_no_compiler(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ read back, which gives the offset of every (token, channel). A new packing in a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 
 import torch
@@ -15,14 +16,21 @@ from vllm import _custom_ops as ops
 from vllm_eagle import native
 
 
+class Packing(IntEnum):
+    """Packings that the C++ operator reads as runs; as in native/tile.h."""
+
+    BY_OFFSET = 0  # none of those below
+    BY_ROW = 1  # keys [head_dim, block_size], values [block_size, head_dim]
+    BY_PAIR = 2  # keys in pairs of channels for 16 tokens, values in pairs of tokens for 16 channels: bfloat16 for AMX
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
-    """Offsets inside the keys (or values) of one block and head: block_size * head_dim numbers."""
+    """Offsets inside the keys (or values) of one block and head: block_size * head_dim numbers; and the name of what they tell."""
 
     key_offsets: torch.Tensor  # [block_size, head_dim] int32
     value_offsets: torch.Tensor  # [block_size, head_dim] int32
-    key_is_transposed: bool  # keys are exactly [head_dim, block_size]
-    value_is_plain: bool  # values are exactly [block_size, head_dim]
+    packing: Packing
 
 
 @cache
@@ -40,9 +48,22 @@ def probe_layout(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -
         if (table < 0).any():
             raise RuntimeError(f"vLLM packs the CPU KV cache for isa={isa!r} in an unknown way; use --dtype float32 or report it")
         offsets.append(table)
-    plain = torch.arange(block_size * head_dim).view(block_size, head_dim)
-    transposed = plain.reshape(head_dim, block_size).t()
-    return PackedLayout(offsets[0].int(), offsets[1].int(), torch.equal(offsets[0], transposed), torch.equal(offsets[1], plain))
+    return PackedLayout(offsets[0].int(), offsets[1].int(), _packing(offsets[0], offsets[1], dtype))
+
+
+def _packing(key_offsets: torch.Tensor, value_offsets: torch.Tensor, dtype: torch.dtype) -> Packing:
+    block_size, head_dim = key_offsets.shape
+    plain = torch.arange(block_size * head_dim)
+    if torch.equal(key_offsets, plain.view(head_dim, block_size).t()) and torch.equal(
+        value_offsets, plain.view(block_size, head_dim)
+    ):
+        return Packing.BY_ROW
+    if dtype == torch.bfloat16 and block_size % 16 == 0 and head_dim % 16 == 0:
+        keys = plain.view(block_size // 16, head_dim // 2, 16, 2).permute(0, 2, 1, 3).reshape(block_size, head_dim)
+        values = plain.view(head_dim // 16, block_size // 2, 16, 2).permute(1, 3, 0, 2).reshape(block_size, head_dim)
+        if torch.equal(key_offsets, keys) and torch.equal(value_offsets, values):
+            return Packing.BY_PAIR
+    return Packing.BY_OFFSET
 
 
 def _probe(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,13 +101,11 @@ def read_blocks(
     packed = kv_cache.view(num_blocks, num_kv_heads, 2, block_size * head_dim)
     out = kv_cache.new_empty(2, len(blocks), block_size, num_kv_heads, head_dim)
     keys, values = packed[blocks, :, 0], packed[blocks, :, 1]
-    if layout.key_is_transposed:
+    if layout.packing == Packing.BY_ROW:
         out[0].copy_(keys.view(-1, num_kv_heads, head_dim, block_size).permute(0, 3, 1, 2))
-    else:
-        out[0].copy_(keys[:, :, layout.key_offsets].transpose(1, 2))
-    if layout.value_is_plain:
         out[1].copy_(values.view(-1, num_kv_heads, block_size, head_dim).transpose(1, 2))
     else:
+        out[0].copy_(keys[:, :, layout.key_offsets].transpose(1, 2))
         out[1].copy_(values[:, :, layout.value_offsets].transpose(1, 2))
     return out[0].flatten(0, 1), out[1].flatten(0, 1)
 

@@ -1,6 +1,6 @@
 """Tree attention on CPU, for all trees of a batch in one call, straight out of vLLM's packed KV cache.
 
-The C++ operator (native/tree_attention.cpp) unpacks a tile of keys once for all rows that share it. Where it cannot be built, the
+The C++ operator (native/tree_attention.cpp) reads a tile of keys once for all rows that share it. Where it cannot be built, the
 context is copied out token by token and goes through torch's scaled_dot_product_attention, tree after tree.
 
 vLLM's wheel has a kernel with a tree mask, too (`extend_attention_cpu`). It reads token by token, so the cache has to be copied
@@ -36,8 +36,9 @@ def tree_attention(
             key,
             value,
             kv_cache,
-            layout.key_offsets[:0] if layout.key_is_transposed else layout.key_offsets,
-            layout.value_offsets[:0] if layout.value_is_plain else layout.value_offsets,
+            layout.key_offsets,
+            layout.value_offsets,
+            layout.packing,
             rows.block_table,
             rows.context_lens,
             rows.first_rows,
@@ -48,7 +49,7 @@ def tree_attention(
             scale,
             soft_cap,
             window,
-            query.new_empty(0, dtype=torch.float32) if sinks is None else sinks,
+            sinks,
             output,
         )
     else:

@@ -4,7 +4,7 @@
 
 // exp(x) of x <= 0, within two units of the last place; 0 below -87. The compiler turns loops over this one, but not over
 // std::exp, into vector instructions. Polynomial: Cephes, expf.
-inline float exp_of(float x) {
+[[gnu::always_inline]] inline float exp_of(float x) {
   const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer
   const float power = shifted - 12582912.0f;
   const float rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;
