@@ -83,6 +83,18 @@ def test_large_blocks_are_read_where_they_lie(isa: str, dtype: torch.dtype, bloc
     compare_with_the_reference(isa, dtype, (6, 2, 64), sizes, window=70, block_size=block_size)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("sizes", [[(17, 100)], [(2, 9)], [(17, 5000)], [(5, 3), (61, 2000), (1, 0)]])
+def test_threads_divide_contexts_and_rows(threads: int, sizes: list[tuple[int, int]]) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        compare_with_the_reference("vec", torch.float32, (9, 3, 64), sizes)
+        compare_with_the_reference("vec", torch.float32, (9, 3, 64), sizes, window=700)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_packing_without_a_name_is_read_number_by_number(dtype: torch.dtype) -> None:

@@ -15,15 +15,16 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 // What the query rows of one head of keys have gathered so far.
 template <typename Number>
 struct Rows {
-  int64_t asked = 0, count = 0;  // `count` is `asked`, rounded up to ROWS; the rest counts for nothing
+  int64_t first = 0, asked = 0;  // of all rows of that head
+  int64_t count = 0;             // `asked`, rounded up to ROWS; the rest counts for nothing
   int64_t depth = 0, width = 0;
   std::vector<Number> queries;   // [count, depth]
   std::vector<float> sums;       // [count, width]
   std::vector<float> most;       // [count] greatest score
   std::vector<float> weights;    // [count, RUN] sums of exp(score - most)
 
-  void start(int64_t rows, int64_t query_depth, int64_t value_width) {
-    asked = rows, count = (rows + ROWS - 1) / ROWS * ROWS, depth = query_depth, width = value_width;
+  void start(int64_t first_row, int64_t rows, int64_t query_depth, int64_t value_width) {
+    first = first_row, asked = rows, count = (rows + ROWS - 1) / ROWS * ROWS, depth = query_depth, width = value_width;
     queries.resize(count * depth);
     sums.assign(count * width, 0.0f);
     most.assign(count, NEVER);
@@ -59,7 +60,7 @@ inline void weigh(Rows<Number>& rows, int64_t first, float (&scores)[ROWS][TILE]
       for (int64_t t = 0; t < PADDED; ++t) score[t] *= scale;
     }
     if (visible != nullptr) {
-      const char* sees = visible + std::min(first + r, rows.asked - 1) / group * stride;
+      const char* sees = visible + (rows.first + std::min(first + r, rows.asked - 1)) / group * stride;
 #pragma omp simd
       for (int64_t t = 0; t < PADDED; ++t) score[t] = sees[t] ? score[t] : NEVER;
     } else if (count < PADDED) {

@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -87,18 +88,26 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
       starts[i] = std::min(lens[i], *std::min_element(lowest[i].begin(), lowest[i].end())) / TILE * TILE;
     total += lens[i] - starts[i];
   }
-  const int64_t share = total * num_kv_heads / std::max<int64_t>(1, 2 * at::get_num_threads());
-  const int64_t length = std::max(PART, (share + TILE - 1) / TILE * TILE);
+  const int64_t threads = at::get_num_threads();
+  const int64_t share = std::max(PART, total * num_kv_heads / (2 * threads));
   std::vector<Part> parts;
   std::vector<int64_t> first_parts;
+  int64_t most_rows = 0;  // of a tree, in all heads that share keys
   for (int64_t i = 0; i < num_trees; ++i) {
     first_parts.push_back(static_cast<int64_t>(parts.size()));
     if (row_counts[i] == 0) continue;
-    const bool only = starts[i] + length >= lens[i];
+    most_rows = std::max(most_rows, row_counts[i] * group);
+    const int64_t seen = lens[i] - starts[i], cuts = std::max<int64_t>(1, (seen + share - 1) / share);
+    const int64_t length = std::max(TILE, (seen + cuts * TILE - 1) / (cuts * TILE) * TILE);
     for (int64_t start = starts[i]; start == starts[i] || start < lens[i]; start += length)
-      parts.push_back({i, start, std::min(start + length, lens[i]), start + length >= lens[i], only});
+      parts.push_back({i, start, std::min(start + length, lens[i]), start + length >= lens[i], seen <= length});
   }
   first_parts.push_back(static_cast<int64_t>(parts.size()));
+
+  // Where there is less work than threads, or three pieces for two, rows are divided, too, although each piece reads the keys.
+  const int64_t pieces = static_cast<int64_t>(parts.size()) * num_kv_heads;
+  const int64_t row_blocks = (most_rows + ROWS - 1) / ROWS;
+  const int64_t row_cuts = pieces % threads == 0 ? 1 : std::min(row_blocks, (2 * threads + pieces - 1) / pieces);
 
   // A sink takes its share of the weights and adds nothing.
   const auto write = [&](int64_t i, int64_t head, int64_t r, float* sum, float weight, float most) {
@@ -109,17 +118,21 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
     pack_run(sum, to, head_dim);
   };
 
-  std::vector<Rows<typename Tile::Number>> gathered(parts.size() * num_kv_heads);  // of parts to be merged
-  at::parallel_for(0, static_cast<int64_t>(gathered.size()), 1, [&](int64_t begin, int64_t end) {
+  std::vector<Rows<typename Tile::Number>> gathered(pieces * row_cuts);  // of parts to be merged
+  std::atomic<int64_t> taken = 0;  // they differ in length: each thread takes the next
+  at::parallel_for(0, std::min<int64_t>(threads, gathered.size()), 1, [&](int64_t, int64_t) {
     Tile tile(width, Packing(packing));
     Rows<typename Tile::Number> rows;
     std::vector<char> seen;
-    for (int64_t item = begin; item < end; ++item) {
-      const Part& part = parts[item / num_kv_heads];
-      const int64_t head = item % num_kv_heads, i = part.tree;
-      rows.start(row_counts[i] * group, depth, width);
+    for (int64_t item = taken++; item < static_cast<int64_t>(gathered.size()); item = taken++) {
+      const Part& part = parts[item / row_cuts / num_kv_heads];
+      const int64_t head = item / row_cuts % num_kv_heads, i = part.tree, all = row_counts[i] * group;
+      const int64_t most = (all + row_cuts * ROWS - 1) / (row_cuts * ROWS) * ROWS, first = item % row_cuts * most;
+      if (first >= all) continue;
+      rows.start(first, std::min(most, all - first), depth, width);
       for (int64_t r = 0; r < rows.asked; ++r) {
-        const T* from = queries + (row_starts[i] + r / group) * query.stride(0) + (head * group + r % group) * query.stride(1);
+        const int64_t row = row_starts[i] + (first + r) / group, query_head = head * group + (first + r) % group;
+        const T* from = queries + row * query.stride(0) + query_head * query.stride(1);
         take_query(from, &rows.queries[r * depth], head_dim, static_cast<float>(scale));
       }
       for (int64_t at = part.start; at < part.end;) {
@@ -146,7 +159,7 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
         attend(rows, tile, &own_masks[i][at], mask_strides[i], group, score_scale, soft_cap);
       }
       if (part.only)
-        for (int64_t r = 0; r < rows.asked; ++r) write(i, head, r, &rows.sums[r * width], rows.weight(r), rows.most[r]);
+        for (int64_t r = 0; r < rows.asked; ++r) write(i, head, first + r, &rows.sums[r * width], rows.weight(r), rows.most[r]);
       else
         std::swap(gathered[item], rows);
     }
@@ -157,21 +170,21 @@ void run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value
   for (int64_t i = 0; i < num_trees; ++i)
     if (first_parts[i + 1] - first_parts[i] > 1) cut.push_back(i);
   if (cut.empty()) return;
-  at::parallel_for(0, static_cast<int64_t>(cut.size()) * num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, static_cast<int64_t>(cut.size()) * num_kv_heads * row_cuts, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(width);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = cut[item / num_kv_heads], head = item % num_kv_heads;
-      for (int64_t r = 0; r < row_counts[i] * group; ++r) {
+      const int64_t step = row_cuts * num_kv_heads, i = cut[item / step], rest = item % step;
+      const auto *from = &gathered[first_parts[i] * step + rest], *to = &gathered[first_parts[i + 1] * step + rest];
+      for (int64_t r = 0; r < from->asked; ++r) {
         float most = NEVER, weight = 0.0f;
-        for (int64_t p = first_parts[i]; p < first_parts[i + 1]; ++p) most = std::max(most, gathered[p * num_kv_heads + head].most[r]);
+        for (const auto* rows = from; rows < to; rows += step) most = std::max(most, rows->most[r]);
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int64_t p = first_parts[i]; p < first_parts[i + 1]; ++p) {
-          const auto& rows = gathered[p * num_kv_heads + head];
-          const float share = std::exp(rows.most[r] - most);
-          weight += share * rows.weight(r);
-          for (int64_t c = 0; c < head_dim; ++c) sum[c] += share * rows.sums[r * width + c];
+        for (const auto* rows = from; rows < to; rows += step) {
+          const float share = std::exp(rows->most[r] - most);
+          weight += share * rows->weight(r);
+          for (int64_t c = 0; c < head_dim; ++c) sum[c] += share * rows->sums[r * width + c];
         }
-        write(i, head, r, sum.data(), weight, most);
+        write(i, rest / row_cuts, from->first + r, sum.data(), weight, most);
       }
     }
   });
@@ -184,7 +197,8 @@ void tree_attention(const at::Tensor& query, const at::Tensor& key, const at::Te
                     double soft_cap, int64_t window, const std::optional<at::Tensor>& sinks, at::Tensor output) {
   TORCH_CHECK(kv_cache.scalar_type() == query.scalar_type(), "the KV cache holds another dtype than the query");
   TORCH_CHECK(query.size(2) % 2 == 0, "heads of an odd dimension: ", query.size(2));
-  TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1 && output.stride(2) == 1 && visible.stride(2) == 1);
+  for (const at::Tensor* tensor : {&query, &key, &value, &visible, static_cast<const at::Tensor*>(&output)})
+    TORCH_CHECK(tensor->stride(2) == 1, "the last dimension must lie side by side");
   const auto go = [&]<typename T, typename Tile>() {
     run<T, Tile>(query, key, value, kv_cache, key_offsets, value_offsets, packing, block_table, context_lens, first_rows, num_rows,
                  first_keys, num_keys, visible, scale, soft_cap, window, sinks, output);
@@ -210,8 +224,8 @@ void tree_attention(const at::Tensor& query, const at::Tensor& key, const at::Te
 TORCH_LIBRARY_FRAGMENT(vllm_eagle, library) {
   library.def(
       "tree_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor key_offsets, Tensor value_offsets, "
-      "int packing, Tensor block_table, Tensor context_lens, Tensor first_rows, Tensor num_rows, Tensor first_keys, Tensor num_keys, "
-      "Tensor visible, float scale, float soft_cap, int window, Tensor? sinks, Tensor(a!) output) -> ()");
+      "int packing, Tensor block_table, Tensor context_lens, Tensor first_rows, Tensor num_rows, Tensor first_keys, "
+      "Tensor num_keys, Tensor visible, float scale, float soft_cap, int window, Tensor? sinks, Tensor(a!) output) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(vllm_eagle, CPU, library) { library.impl("tree_attention", &tree_attention); }
