@@ -9,7 +9,7 @@ import pytest
 
 from vllm_eagle.algorithm.config import TreeConfig
 from vllm_eagle.bench.heads import ablation, contexts, draft_vocab, kinds
-from vllm_eagle.bench.speed import steps
+from vllm_eagle.bench.speed import attention, steps
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,6 +38,7 @@ def test_modules_exist(module: str) -> None:
 TABLES = {
     "heads": kinds.table,
     "ablation": ablation.table,
+    "attention": attention.table,
     "steps_f32": steps.table,
     "steps_real": steps.table,
     "draft_vocab": draft_vocab.table,

@@ -4,8 +4,7 @@ The C++ operator (native/tree_attention.cpp) reads a tile of keys once for all r
 context is copied out token by token and goes through torch's scaled_dot_product_attention, tree after tree.
 
 vLLM's wheel has a kernel with a tree mask, too (`extend_attention_cpu`). It reads token by token, so the cache has to be copied
-out first, and it knows no float32; `python -m vllm_eagle.bench.speed.attention` compares (one core with AVX-512, bfloat16, 17
-rows).
+out first, and it knows no float32; `python -m vllm_eagle.bench.speed.attention` compares (one core).
 """
 
 import torch
