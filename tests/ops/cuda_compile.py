@@ -44,6 +44,7 @@ WIDE_FP8 = Attention([(16, 64)], heads=(16, 4, 256), dtype=torch.bfloat16, fp8=T
 SMALL = Attention([(4, 64)], num_splits=2)
 WINDOW = Attention([(4, 64)], dtype=torch.float16, window=16, soft_cap=5.0)
 SHAPES = {80: [LARGEST], 89: [LARGEST_FP8, WIDE_FP8], 90: [LARGEST, SMALL, WINDOW], 120: [LARGEST_FP8]}
+LATENT = Attention([(32, 64)], heads=(16, 576, 64), dtype=torch.bfloat16, num_splits=2)  # of DeepSeek-V2-Lite
 OTHERS = {
     90: (
         "move_slots",
@@ -100,6 +101,8 @@ def cubins() -> dict[int, list[dict[str, Any]]]:
         for case in cases.all_cases():
             if case.name in OTHERS.get(capability, ()):
                 case.run(cpu, 0)
+        if capability in (89, 90):
+            cases.run_latent(LATENT, cpu, 0)
     return found
 
 

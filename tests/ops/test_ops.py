@@ -30,7 +30,7 @@ def test_kernels_equal_their_references(tmp_path: Path) -> None:
     assert found == json.loads(out.read_text())
     assert found["failed"] == []
     kernels = {name.split()[0] for name in found["comparisons"]}
-    assert kernels == {"tree_attention", "own_attention", "move_slots", "best_children", "rerank", "walk"}
+    assert kernels == {"tree_attention", "own_attention", "latent_tree_attention", "move_slots", "best_children", "rerank", "walk"}
     assert f"--seed {found['seed']}" in done.stderr  # what to give to see a failure again
     assert found["device"] == "interpreter"
     assert "timings" not in found

@@ -44,7 +44,9 @@ class Case:
 def all_cases() -> Iterator[Case]:
     """Every kernel, from small to large."""
     yield from _attention_cases()
+    yield from _latent_cases()
     yield Case("move_slots", _move_slots)
+    yield Case("move_slots of latents", _move_latents)
     for rows, vocab, topk, noisy in ((1, 40, 8, False), (5, 4096, 8, True), (3, 10_000, 1, False), (2, 70, 64, True)):
         name = f"best_children rows={rows} vocab={vocab} topk={topk} noise={noisy}"
         yield Case(name, lambda d, s, a=(rows, vocab, topk, noisy): _best_children(d, s, *a), 1e-5)  # type: ignore[misc]
@@ -116,6 +118,40 @@ def _attention_cases() -> Iterator[Case]:
             shape = replace(shape, dtype=torch.float16)
         name = f"{kernel} {shape}".replace("Attention", "").replace("torch.", "")
         yield Case(name, lambda d, s, a=shape, run=run: run(a, d, s), _TOLERANCE[shape.dtype])  # type: ignore[misc]
+
+
+def _latent_cases() -> Iterator[Case]:
+    """Heads are (query heads, numbers of a latent, of them rotated)."""
+    ragged = [(17, 40), (1, 33), (5, 1), (3, 0)]
+    shapes = (
+        Attention(ragged, heads=(4, 96, 32)),
+        Attention(ragged, heads=(3, 96, 32), num_splits=3, levels=True),
+        Attention(ragged, heads=(2, 96, 32), num_splits=2, dtype=torch.float16),
+        Attention([(9, 70), (2, 10)], heads=(16, 576, 64), block_size=64),
+        Attention([(9, 70), (2, 300)], heads=(16, 576, 64), block_size=64, dtype=torch.bfloat16, num_splits=4),
+    )
+    yield Case("latent_tree_attention no trees", lambda d, s: [run_latent(Attention([(3, 9)], (2, 96, 32)), d, s, num_trees=0)])
+    for shape in shapes:
+        if os.environ.get("TRITON_INTERPRET") == "1" and shape.dtype == torch.bfloat16:  # whose products the interpreter gets wrong
+            shape = replace(shape, dtype=torch.float16)
+        name = f"latent_tree_attention {shape}".replace("Attention", "").replace("torch.", "")
+        yield Case(name, lambda d, s, a=shape: [run_latent(a, d, s)], _TOLERANCE[shape.dtype])  # type: ignore[misc]
+
+
+def run_latent(shape: Attention, device: torch.device, seed: int, num_trees: int | None = None) -> Pair:
+    """Both outputs of the first trees over latents, rows of no tree included; those must stay as they were."""
+    from vllm_eagle.ops import latent_tree_attention
+
+    num_heads, width, rope_dim = shape.heads
+    query, key, _, kv_cache, rows = attention_inputs(replace(shape, heads=(num_heads, 1, width)), device, seed)
+    rows, cache = first_trees(rows, num_trees), kv_cache[:, 0, :, :width]
+    longest = max(context for _, context in shape.sizes)
+    found, expected = (torch.full_like(query[..., : width - rope_dim], 7.0) for _ in range(2))
+    latent_tree_attention.latent_tree_attention(
+        query, key[:, 0], cache, rows, width**-0.5, found, longest, num_splits=shape.num_splits
+    )
+    latent_tree_attention.reference(query, key[:, 0], cache, rows, width**-0.5, expected)
+    return found, expected
 
 
 def _run_whole(shape: Attention, device: torch.device, seed: int) -> list[Pair]:
@@ -240,6 +276,20 @@ def _move_slots(device: torch.device, seed: int) -> list[Pair]:
         reference([*expected, expected[0]], table, context_lens, paths)
         pairs += list(zip(caches, expected, strict=True))
     return pairs
+
+
+def _move_latents(device: torch.device, seed: int) -> list[Pair]:
+    """One row of a token: to compaction a cache of latents is one of a single head."""
+    from vllm_eagle.ops.move_slots import Caches, move_accepted, reference
+
+    generator = torch.Generator().manual_seed(seed)
+    caches = [torch.randn(9, 8, 576, generator=generator).to(torch.bfloat16).to(device)[:, None] for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    table = torch.randperm(8, generator=generator).view(2, 4).to(torch.int32)
+    context_lens, paths = torch.tensor([3, 14]), torch.tensor([[2, 5, 9], [1, 12, 0]], dtype=torch.int32)
+    move_accepted(Caches.of(caches), table.to(device), context_lens.to(device), paths.to(device))
+    reference(expected, table, context_lens, paths)
+    return list(zip(caches, expected, strict=True))
 
 
 def _best_children(device: torch.device, seed: int, rows: int, vocab: int, topk: int, noisy: bool) -> list[Pair]:
