@@ -15,14 +15,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from tests.engine.engines import ENGINE, trees
 from vllm_eagle.cli import main
 from vllm_eagle.commands import matrix
-from vllm_eagle.engine import support
+from vllm_eagle.engine import rules, support
 from vllm_eagle.pair import REAL_HEAD
 
 ON_CUDA: dict[str, object] = {"device_config.device_type": "cuda"}
 # A change to the configuration that breaks each rule.
 BREAKS: dict[str, dict[str, object]] = {
     "speculative methods other than EAGLE": {"speculative_config.method": "medusa"},
-    "MTP modules other than MiMo's": {"speculative_config.method": "mtp"},
+    "MTP modules other than those of MiMo, GLM-4 MoE, Ernie 4.5, EXAONE MoE and HY 3": {"speculative_config.method": "mtp"},
     "parallel drafting": {"speculative_config.parallel_drafting": True},
     "heterogeneous vocabularies": {"speculative_config.use_heterogeneous_vocab": True},
     "padded drafter batch": {"speculative_config.disable_padded_drafter_batch": False},
@@ -31,8 +31,9 @@ BREAKS: dict[str, dict[str, object]] = {
     "Mamba, linear attention, hybrids": {"model_config.is_hybrid": True},
     "encoder-decoder": {"model_config.is_encoder_decoder": True},
     "ALiBi": {"model_config.uses_alibi": True},
-    "multimodal models": {"model_config.is_multimodal_model": True},
-    "M-RoPE": {"model_config.uses_mrope": True},
+    "multimodal models other than Qwen2-VL, Qwen2.5-VL, Qwen3-VL": {"model_config.is_multimodal_model": True},
+    "chunked attention (Llama 4) over more than one chunk": {"model_config.attention_chunk_size": 64},
+    "pruned videos": {"model_config.multimodal_config": SimpleNamespace(is_multimodal_pruning_enabled=lambda: True)},
     "attention sinks, on CUDA": ON_CUDA | {"model_config.hf_text_config.model_type": "gpt_oss"},
     "heads that do not fit the target": {"model_config.get_hidden_size": lambda: 96},
     "draft vocabularies of another target": {"speculative_config.draft_model_config.model": str(REAL_HEAD)},
@@ -90,8 +91,8 @@ def config(random_models: dict[str, Path]) -> Any:
     return found
 
 
-@pytest.mark.parametrize("rule", support.RULES, ids=lambda rule: rule.feature)
-def test_every_rule_refuses_what_breaks_it_and_nothing_else(rule: support.Rule, config: Any) -> None:
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.feature)
+def test_every_rule_refuses_what_breaks_it_and_nothing_else(rule: rules.Rule, config: Any) -> None:
     assert rule.check(config) is None
     changed = Changed(config, BREAKS[rule.feature])
     reason = rule.check(changed)  # type: ignore[arg-type]
@@ -101,19 +102,17 @@ def test_every_rule_refuses_what_breaks_it_and_nothing_else(rule: support.Rule, 
     assert reason in str(refused.value)
 
 
-ON_CPUS = [rule for rule in support.RULES if rule.feature.endswith("on CPUs")]
+ON_CPUS = [rule for rule in rules.RULES if rule.feature.endswith("on CPUs")]
 
 
 @pytest.mark.parametrize("rule", ON_CPUS, ids=lambda rule: rule.feature)
-def test_what_the_cpus_kernel_cannot_do_is_left_to_the_layers_elsewhere(rule: support.Rule, config: Any) -> None:
+def test_what_the_cpus_kernel_cannot_do_is_left_to_the_layers_elsewhere(rule: rules.Rule, config: Any) -> None:
     changed = Changed(config, BREAKS[rule.feature] | {"device_config.device_type": "cuda"})
     assert rule.check(changed) is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "rule", [rule for rule in support.RULES if rule.feature.endswith("on CUDA")], ids=lambda rule: rule.feature
-)
-def test_what_only_cudas_engine_cannot_do_runs_on_cpus(rule: support.Rule, config: Any) -> None:
+@pytest.mark.parametrize("rule", [rule for rule in rules.RULES if rule.feature.endswith("on CUDA")], ids=lambda rule: rule.feature)
+def test_what_only_cudas_engine_cannot_do_runs_on_cpus(rule: rules.Rule, config: Any) -> None:
     if rule.feature.startswith("vLLM's V2 model runner"):
         on_cuda = Changed(config, ON_CUDA | {"use_v2_model_runner": True})
         assert rule.check(on_cuda) is None  # type: ignore[arg-type]
@@ -127,7 +126,7 @@ def test_what_only_cudas_engine_cannot_do_runs_on_cpus(rule: support.Rule, confi
 
 
 def test_no_rule_is_forgotten_here() -> None:
-    assert BREAKS.keys() == {rule.feature for rule in support.RULES}
+    assert BREAKS.keys() == {rule.feature for rule in rules.RULES}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")

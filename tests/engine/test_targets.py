@@ -32,14 +32,14 @@ def random_target(folder: Path, family: str) -> Path:
     return folder
 
 
-def knowing_head(folder: Path) -> Path:
+def knowing_head(folder: Path, vocab_size: int = VOCAB) -> Path:
     """A head that foretells such a target's feature: it hands on the embedding of the token."""
     weights = heads.eagle1_weights(torch.float32, fc_bias=False)
     weights = {name: value for name, value in weights.items() if name != "embed_tokens.weight"}
     weights["fc.weight"] = torch.cat([torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)], dim=1)
     for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
         weights[name].zero_()
-    return heads.write(folder, heads.eagle1_settings(vocab_size=VOCAB, architectures=["EagleLlamaForCausalLM"]), weights)
+    return heads.write(folder, heads.eagle1_settings(vocab_size=vocab_size, architectures=["EagleLlamaForCausalLM"]), weights)
 
 
 @pytest.mark.parametrize("family", some(TARGETS, "Gemma2", "Granite"))
@@ -68,9 +68,9 @@ def test_eval_sees_the_embedding_that_vllm_shares(family: str, tmp_path: Path) -
     assert torch.allclose(head.embed(ids), target.features(ids).last, atol=1e-3)
 
 
-def refusal(target: Path, head: Path) -> str:
+def refusal(target: Path, head: Path, **changes: Any) -> str:
     """Why the configuration is refused; nothing is loaded for that."""
-    arguments = {**ENGINE, "skip_tokenizer_init": True, **trees(head)}
+    arguments = {**ENGINE, "skip_tokenizer_init": True, **trees(head), **changes}
     with pytest.raises(ValueError, match=r"target|model") as refused:
         EngineArgs(model=str(target), **arguments).create_engine_config()
     return str(refused.value)

@@ -169,7 +169,6 @@ def test_models_without_a_tree_kernel_are_refused(
     ("property_name", "value", "words"),
     [
         ("is_encoder_decoder", True, "encoder-decoder"),
-        ("uses_mrope", True, "M-RoPE"),
         ("is_multimodal_model", True, "multimodal"),
         ("is_hybrid", True, "recurrent state"),
     ],

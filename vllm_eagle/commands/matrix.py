@@ -44,7 +44,13 @@ WORKS = (
         "test_served",
     ),
     ("windows over the head (draft_window)", f"on CUDA with TRITON_ATTN; {_INTERPRETED}", "test_windows"),
-    ("MiMo's MTP module", "on CPUs", "test_mtp"),
+    ("MTP modules of MiMo, GLM-4 MoE, Ernie 4.5 MoE, EXAONE MoE, HY 3", "on CPUs", "test_mtp"),
+    (
+        "Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
+        "text and pictures in the prompt; heads see the pictures' tokens, not the pictures",
+        "test_pictures",
+    ),
+    ("Llama 4", "its text model, on CPUs, in its first chunk of attention", "test_chunks"),
     ("mixtures of experts", "costs are measured with tokens that ask for as many experts as text does", "test_experts"),
     ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),
@@ -71,7 +77,8 @@ OTHERWISE = (
 
 def rows() -> Iterator[tuple[str, str, str]]:
     """Feature, "works", "refused" or another word, remark."""
-    from vllm_eagle.engine.support import RULES
+    import vllm_eagle.engine.support  # noqa: F401  where all of them come together
+    from vllm_eagle.engine.rules import RULES
 
     for feature, remark, _ in WORKS:
         yield feature, "works", remark

@@ -29,6 +29,9 @@ LISTENED: dict[str, HandedOn] = {
     "StablelmForCausalLM": "first",
 }
 
+# Classes without the interface that return what their language model does, which has it.
+HANDED_ON = ("Qwen2VLForConditionalGeneration",)
+
 
 def listen(
     model: nn.Module,  # of a class in LISTENED, before its first pass

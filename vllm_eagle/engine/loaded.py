@@ -6,16 +6,31 @@ and, where the target has no module for it because it is its embedding, with tha
 
 from collections.abc import Iterable, Set
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.lora.layers.base import BaseLayerWithLoRA
+from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_eagle.heads.checkpoint import tensor_names
 from vllm_eagle.heads.formats import ATTENTION, AUX_LAYERS, MLP, UNUSED
 
 _FUSED = {"qkv_proj": ATTENTION, "gate_up_proj": MLP[:2]}
+# MTP modules with a layer of ordinary attention, which drafts at any depth, by vLLM's names: how names of their tensors begin.
+MTP_MODULES = {
+    "ErnieMTPModel": "model.mtp_block.",
+    "ExaoneMoeMTP": "mtp.layers.",
+    "Glm4MoeMTPModel": "model.layers.{layers}.",  # behind the target's own
+    "HYV3MTPModel": "model.layers.{layers}.",
+    "MiMoMTPModel": "model.mtp_layers.",
+}
 _FROM_FILES = ("weight", "bias", "draft_id_to_target_id")  # other parameters are made of these, where a head is quantized
+
+
+def language_model_of(target: Any) -> Any:
+    """What a head shares embedding and LM head with: of a model that sees pictures, the part behind its tower."""
+    return target.get_language_model() if supports_multimodal(target) else target
 
 
 def complete(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:
@@ -54,11 +69,13 @@ def see_module(config: VllmConfig) -> None:
     Raises:
         ValueError: it does not.
     """
-    folder = Path(config.speculative_config.draft_model_config.model)
+    module = config.speculative_config.draft_model_config
+    folder = Path(module.model)
     if config.load_config.load_format == "dummy" or not folder.is_dir():
         return
-    if not any(".mtp_layers." in name for name in tensor_names(folder)):
-        raise ValueError(f"model {folder}: its weights hold no MTP module (mtp_layers); get the whole checkpoint, or an EAGLE head")
+    begin = MTP_MODULES[module.hf_config.architectures[0]].format(layers=config.model_config.get_total_num_hidden_layers())
+    if not any(name.startswith(begin) for name in tensor_names(folder)):
+        raise ValueError(f"model {folder}: its weights hold no MTP module ({begin}*); get the whole checkpoint, or an EAGLE head")
 
 
 def _share_logits(head: nn.Module, target: nn.Module, config: VllmConfig) -> None:

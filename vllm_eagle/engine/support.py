@@ -1,10 +1,9 @@
 """What tree mode supports, checked before a model is loaded; everything else is refused with its reason and a way out.
 
-Each rule looks at vLLM's configuration for one thing. `vllm-eagle doctor --matrix` lists the same rules (matrix.py).
+Rules for targets are in target_rules.py. `vllm-eagle doctor --matrix` lists the same rules (matrix.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm.config import VllmConfig
@@ -13,8 +12,11 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
 from vllm_eagle.attention.interface import CUDA_BACKENDS, window_is_asked
+from vllm_eagle.engine import target_rules  # noqa: F401  it adds its rules
 from vllm_eagle.engine.draft_vocab import named_tokens
-from vllm_eagle.engine.features import LISTENED
+from vllm_eagle.engine.features import HANDED_ON, LISTENED
+from vllm_eagle.engine.loaded import MTP_MODULES
+from vllm_eagle.engine.rules import PLAIN, RULES, engine_of, on_cpu, refused
 from vllm_eagle.heads.check import misfits
 from vllm_eagle.heads.draft_vocab import FILE
 from vllm_eagle.heads.formats import REPLAYED_ARCHITECTURES, read_head
@@ -23,32 +25,6 @@ from vllm_eagle.options import devices
 from vllm_eagle.options.engine_args import MTP
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that vLLM shows it with its own lines
-
-MTP_MODULES = ("MiMoMTPModel",)  # one layer of ordinary attention, which drafts at any depth; vLLM's names
-PLAIN = "remove the draft-tree options to serve without trees"
-Check = Callable[[VllmConfig], str | None]  # what is wrong, where it is set and the way out; None if all is well
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Something that cannot run with draft trees."""
-
-    feature: str
-    why: str
-    check: Check
-
-
-RULES: list[Rule] = []
-
-
-def _refused(feature: str, why: str) -> Callable[[Check], Check]:
-    """Add a rule; the function tells whether a configuration breaks it."""
-
-    def add(check: Check) -> Check:
-        RULES.append(Rule(feature, why, check))
-        return check
-
-    return add
 
 
 def unsupported_reasons(vllm_config: VllmConfig) -> list[str]:
@@ -75,7 +51,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
 # The method
 
 
-@_refused("speculative methods other than EAGLE", "only EAGLE heads draft trees; other methods run in vLLM as without the plugin")
+@refused("speculative methods other than EAGLE", "only EAGLE heads draft trees; other methods run in vLLM as without the plugin")
 def _method(config: VllmConfig) -> str | None:
     method = config.speculative_config.method
     if method in ("eagle", "eagle3", MTP):
@@ -83,7 +59,10 @@ def _method(config: VllmConfig) -> str | None:
     return f'speculative method "{method}" has no tree; use an EAGLE head with method "eagle" or "eagle3"'
 
 
-@_refused("MTP modules other than MiMo's", "recurrent, with latent attention, another one for each depth, or not tried")
+@refused(
+    "MTP modules other than those of MiMo, GLM-4 MoE, Ernie 4.5, EXAONE MoE and HY 3",
+    "recurrent, with latent attention, another one for each depth, or not tried",
+)
 def _module(config: VllmConfig) -> str | None:
     if config.speculative_config.method != MTP:
         return None
@@ -93,27 +72,27 @@ def _module(config: VllmConfig) -> str | None:
     return f"{config.model_config.model}: its MTP module, {found}, has no tree here; use an EAGLE head, or {PLAIN}"
 
 
-@_refused("parallel drafting", "a head that drafts all positions at once has no tree to grow")
+@refused("parallel drafting", "a head that drafts all positions at once has no tree to grow")
 def _parallel_drafting(config: VllmConfig) -> str | None:
     return "speculative_config.parallel_drafting drafts no tree; remove it" if config.speculative_config.parallel_drafting else None
 
 
-@_refused("heterogeneous vocabularies", "tokens of head and target are compared by id")
+@refused("heterogeneous vocabularies", "tokens of head and target are compared by id")
 def _vocabularies(config: VllmConfig) -> str | None:
     if not config.speculative_config.use_heterogeneous_vocab:
         return None
     return "speculative_config.use_heterogeneous_vocab is not supported with trees; use a head with the target's vocabulary"
 
 
-@_refused("padded drafter batch", "trees differ in size; the option is set by itself, to true on CPUs and to false on CUDA")
+@refused("padded drafter batch", "trees differ in size; the option is set by itself, to true on CPUs and to false on CUDA")
 def _padded(config: VllmConfig) -> str | None:
-    wanted = _engine(config).disable_padded_drafter_batch
+    wanted = engine_of(config).disable_padded_drafter_batch
     if config.speculative_config.disable_padded_drafter_batch == wanted:
         return None
     return f"speculative_config.disable_padded_drafter_batch must be {str(wanted).lower()} in tree mode here; set it"
 
 
-@_refused("rejection_sample_method, draft_sample_method", "trees are not verified by rejection: the target's own samples decide")
+@refused("rejection_sample_method, draft_sample_method", "trees are not verified by rejection: the target's own samples decide")
 def _rejection(config: VllmConfig) -> str | None:
     spec = config.speculative_config
     for name, default in (("rejection_sample_method", "standard"), ("draft_sample_method", "greedy")):
@@ -122,68 +101,16 @@ def _rejection(config: VllmConfig) -> str | None:
     return None
 
 
-# The target
-
-
-def _model_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
-    def check(config: VllmConfig) -> str | None:
-        return f"model: {config.model_config.model} {text}; {PLAIN}" if applies(config) else None
-
-    _refused(feature, why)(check)
-
-
-_model_rule(
-    "MLA", "no tree kernel for latent attention", lambda c: c.model_config.use_mla,
-    "uses multi-head latent attention (MLA), which has no tree kernel here",
-)  # fmt: skip
-_model_rule(
-    "Mamba, linear attention, hybrids", "a recurrent state cannot branch",
-    lambda c: _is_recurrent(c),
-    "keeps a recurrent state (Mamba or linear attention), which cannot branch",
-)  # fmt: skip
-_model_rule(
-    "encoder-decoder", "heads are trained on decoders", lambda c: c.model_config.is_encoder_decoder, "is an encoder-decoder"
-)
-_model_rule(
-    "ALiBi", "its bias goes by cache slot", lambda c: c.model_config.uses_alibi, "uses ALiBi, whose bias goes by cache slot"
-)
-_model_rule(
-    "multimodal models", "the head sees text only", lambda c: c.model_config.is_multimodal_model,
-    "is multimodal, and the head sees text only",
-)  # fmt: skip
-_model_rule(
-    "attention sinks, on CUDA", "the GPU's tree kernel does not know them",
-    lambda c: not _on_cpu(c) and c.model_config.hf_text_config.model_type == "gpt_oss",
-    "has attention sinks, which the GPU's tree kernel does not know",
-)  # fmt: skip
-_model_rule("M-RoPE", "positions of nodes have one dimension", lambda c: c.model_config.uses_mrope, "uses M-RoPE positions")
-
-
-def _is_recurrent(config: VllmConfig) -> bool:
-    """As vLLM says of the model's class, or as the model says of its layers: vLLM may run it by another class."""
-    model = config.model_config
-    kinds = [str(kind) for kind in getattr(model.hf_text_config, "layer_types", None) or []]
-    by_layers = any(kind == "linear_attention" or not kind.endswith("attention") for kind in kinds)
-    return bool(model.is_hybrid or model.is_attention_free or by_layers)
-
-
-def _on_cpu(config: VllmConfig) -> bool:
-    """Elsewhere every layer says what it cannot do (`not_supported_reasons`)."""
-    return config.device_config.device_type == "cpu"
-
-
-def _engine(config: VllmConfig) -> devices.Engine:
-    return devices.CUDA if config.device_config.device_type == "cuda" else devices.CPU
-
-
 # The head
 
 
-@_refused("heads that do not fit the target", "size, vocabulary or layers; `vllm-eagle inspect HEAD --target MODEL` says the same")
+@refused("heads that do not fit the target", "size, vocabulary or layers; `vllm-eagle inspect HEAD --target MODEL` says the same")
 def _head(config: VllmConfig) -> str | None:
     """Asked again here, of the target as vLLM has read it: options may have changed what its folder says."""
     draft, model = config.speculative_config.draft_model_config, config.model_config
-    if draft is None or not Path(draft.model).is_dir() or draft.architectures[0] in (*REPLAYED_ARCHITECTURES, *MTP_MODULES):
+    if config.speculative_config.method == MTP or draft is None or not Path(draft.model).is_dir():
+        return None
+    if draft.architectures[0] in REPLAYED_ARCHITECTURES:
         return None
     target = Target(
         path=Path(model.model),
@@ -202,14 +129,14 @@ def _head(config: VllmConfig) -> str | None:
     return None
 
 
-@_refused("EAGLE-3 heads for classes that hand out no features and are not listened to", "the head reads features of the layers")
+@refused("EAGLE-3 heads for classes that hand out no features and are not listened to", "the head reads features of the layers")
 def _features(config: VllmConfig) -> str | None:
     """Asked of the class, so that nobody waits for a model to be loaded first. Some without the interface are listened to."""
     model = config.model_config
     if config.speculative_config.method != "eagle3":
         return None
     model_class, _ = model.registry.resolve_model_cls(model.architectures, model)
-    listened = model_class.__name__ in LISTENED and not config.use_v2_model_runner  # by the V1 runner
+    listened = model_class.__name__ in (*LISTENED, *HANDED_ON) and not config.use_v2_model_runner  # by the V1 runner
     if supports_eagle3(model_class) or listened:
         return None
     return (
@@ -218,7 +145,7 @@ def _features(config: VllmConfig) -> str | None:
     )
 
 
-@_refused("draft vocabularies of another target", "drafting takes rows of the target's LM head")
+@refused("draft vocabularies of another target", "drafting takes rows of the target's LM head")
 def _draft_vocabulary(config: VllmConfig) -> str | None:
     spec, options = config.speculative_config, config.additional_config.get(CONFIG_KEY, {})
     if spec.draft_model_config is None or not options.get("draft_vocab", True):
@@ -236,15 +163,15 @@ def _draft_vocabulary(config: VllmConfig) -> str | None:
 # The engine
 
 
-@_refused("devices other than CPU and CUDA", "there are tree kernels for these two")
+@refused("devices other than CPU and CUDA", "there are tree kernels for these two")
 def _device(config: VllmConfig) -> str | None:
     device = config.device_config.device_type
     return None if device in ("cpu", "cuda") else f"device {device}: there are tree kernels for CPU and CUDA only; {PLAIN}"
 
 
-@_refused("vLLM's V2 model runner on CPUs, its V1 runner on CUDA", "trees are built into the other one; it is chosen by itself")
+@refused("vLLM's V2 model runner on CPUs, its V1 runner on CUDA", "trees are built into the other one; it is chosen by itself")
 def _model_runner(config: VllmConfig) -> str | None:
-    ours = _engine(config)
+    ours = engine_of(config)
     if config.use_v2_model_runner == ours.is_v2:
         return None
     if not ours.is_v2:
@@ -253,7 +180,7 @@ def _model_runner(config: VllmConfig) -> str | None:
     return f"vLLM's V1 model runner has no trees on {ours.device}, and it was chosen because of: {missing}; remove that"
 
 
-@_refused(f"CUDA attention backends other than {', '.join(CUDA_BACKENDS)}", "these have tree rows; one is chosen by itself")
+@refused(f"CUDA attention backends other than {', '.join(CUDA_BACKENDS)}", "these have tree rows; one is chosen by itself")
 def _attention_backend(config: VllmConfig) -> str | None:
     if config.device_config.device_type != "cuda":
         return None
@@ -268,7 +195,7 @@ def _attention_backend(config: VllmConfig) -> str | None:
 
 
 def _engine_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
-    _refused(feature, why)(lambda config: text if applies(config) else None)
+    refused(feature, why)(lambda config: text if applies(config) else None)
 
 
 _engine_rule(
@@ -298,7 +225,7 @@ _engine_rule(
 )  # fmt: skip
 _engine_rule(
     "async scheduling on CPUs", "a step is scheduled before the last tree is known",
-    lambda c: not _engine(c).is_v2 and bool(c.scheduler_config.async_scheduling),
+    lambda c: not engine_of(c).is_v2 and bool(c.scheduler_config.async_scheduling),
     "async_scheduling schedules a step before the last tree is known; set async_scheduling to false",
 )  # fmt: skip
 
@@ -307,7 +234,7 @@ _engine_rule(
 
 
 def _v2_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
-    _engine_rule(f"{feature}, on CUDA", why, lambda config: _engine(config).is_v2 and applies(config), text)
+    _engine_rule(f"{feature}, on CUDA", why, lambda config: engine_of(config).is_v2 and applies(config), text)
 
 
 _v2_rule(
@@ -363,15 +290,15 @@ def _wants_window(config: VllmConfig) -> bool:
     return any(backend is not None and backend.name != "TRITON_ATTN" for backend in chosen)
 
 
-@_refused("quantized KV cache (fp8, int8, ...) on CPUs", "the CPU tree kernel reads no quantized cache")
+@refused("quantized KV cache (fp8, int8, ...) on CPUs", "the CPU tree kernel reads no quantized cache")
 def _cache_dtype(config: VllmConfig) -> str | None:
     dtype = config.cache_config.cache_dtype
-    if not _on_cpu(config) or dtype in ("auto", "bfloat16", "float16", "float32"):
+    if not on_cpu(config) or dtype in ("auto", "bfloat16", "float16", "float32"):
         return None
     return f"kv_cache_dtype {dtype}: the CPU tree kernel reads no quantized cache; set kv_cache_dtype to auto"
 
 
-@_refused("trees that fit no step or no context", "a tree is verified in one step")
+@refused("trees that fit no step or no context", "a tree is verified in one step")
 def _size(config: VllmConfig) -> str | None:
     nodes, most = config.speculative_config.num_speculative_tokens or 0, config.scheduler_config.max_num_batched_tokens
     if nodes + 1 > most:
