@@ -11,7 +11,7 @@ from vllm_eagle.engine.v1.backlog import Backlog, Piece, batches, join
 
 def piece(start: int, count: int) -> Piece:
     tokens = torch.arange(start, start + count)
-    return Piece(start, tokens, tokens[:, None].float())
+    return Piece(start, tokens, tokens + 100 * torch.arange(3)[:, None], tokens[:, None].float())  # positions in three rows
 
 
 def keep(backlog: Backlog, **parts: tuple[int, int]) -> None:
@@ -20,6 +20,7 @@ def keep(backlog: Backlog, **parts: tuple[int, int]) -> None:
     ends = [*accumulate((count for _, count in parts.values()), initial=0)]
     backlog.keep(
         whole.token_ids,
+        whole.positions,
         whole.features,
         {req_id: (start, range(*part)) for (req_id, (start, _)), part in zip(parts.items(), pairwise(ends), strict=True)},
     )
@@ -28,6 +29,7 @@ def keep(backlog: Backlog, **parts: tuple[int, int]) -> None:
 def taken(backlog: Backlog, req_id: str) -> list[int]:
     found = backlog.take(req_id)
     assert found is not None
+    assert [(row - 100 * i).tolist() for i, row in enumerate(found.positions)] == [found.token_ids.tolist()] * 3
     assert found.token_ids.tolist() == found.features[:, 0].tolist() == list(range(found.start, found.start + len(found)))
     return found.token_ids.tolist()
 
@@ -65,12 +67,12 @@ def test_memory_is_that_of_the_tokens_that_there_is_room_for() -> None:
     backlog = Backlog(5)
     for _ in range(3):
         features = torch.zeros(1000, 8)
-        backlog.keep(torch.zeros(1000), features, {"a": (7, range(500, 501))})
+        backlog.keep(torch.zeros(1000), torch.zeros(1000), features, {"a": (7, range(500, 501))})
     found = backlog.take("a")
     assert found is not None
     assert len(found) == 3
     assert found.features.untyped_storage().nbytes() == 3 * 8 * 4
-    assert sum(x.numel() for x in vars(backlog).values() if isinstance(x, torch.Tensor)) == 5 * (8 + 1)
+    assert sum(x.numel() for x in vars(backlog).values() if isinstance(x, torch.Tensor)) == 5 * (8 + 1 + 1)
 
 
 @given(st.lists(st.integers(0, 20), max_size=8), st.integers(1, 9))

@@ -375,7 +375,7 @@ class Waiting:
         assert parts == {"c": (7, range(4, 6))}
 
     def take(self, req_id: str) -> Piece | None:
-        return Piece(2, on_meta(5), on_meta(5, 8, dtype=torch.float32)) if req_id == "b" else None
+        return Piece(2, on_meta(5), on_meta(5), on_meta(5, 8, dtype=torch.float32)) if req_id == "b" else None
 
 
 def test_the_heads_first_pass_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ def of_the_runner() -> Iterator[tuple[Any, str, str, str]]:
         "model_specific_attn_metadata",
         file,
     )
+    yield DefaultModelState, "prepare_inputs", "input_batch req_states", file
     yield (
         cudagraph_utils.ModelCudaGraphManager,
         "__init__",

@@ -111,6 +111,8 @@ _SEAMS = (
     (EagleProposer, "_determine_batch_execution_and_padding", "num_tokens use_cudagraphs", "engine/v1/proposer.py"),
     (EagleProposer, "build_per_group_and_layer_attn_metadata", "common_attn_metadata draft_index", "engine/v1/proposer.py"),
     (EagleProposer, "_get_slot_mapping", "num_tokens slot_mapping", "engine/v1/proposer.py"),
+    (EagleProposer, "load_model", "target_model", "engine/v1/proposer.py"),
+    (EagleProposer, "_set_positions", "num_tokens positions", "engine/v1/proposer.py"),
     (EagleProposer, "dummy_run", "num_tokens use_cudagraphs is_graph_capturing slot_mappings", "engine/v1/proposer.py"),
     (EagleLlamaForCausalLM, "__init__", "vllm_config prefix", "engine/biased_head.py"),
     (EagleLlamaForCausalLM, "load_weights", "weights", "engine/biased_head.py"),

@@ -209,7 +209,10 @@ def rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
     if scaling.get("rope_type", kind) in ("llama3", "yarn", "longrope"):
         trained = settings.get("original_max_position_embeddings") or settings.get("max_position_embeddings")
         scaling.setdefault("original_max_position_embeddings", trained or DEFAULTS["max_position_embeddings"])
-    return {"rope_type": kind, "rope_theta": theta} | scaling
+    found = {"rope_type": kind, "rope_theta": theta} | scaling
+    if found["rope_type"] == "mrope":  # an old name for M-RoPE's three rows of positions, which vLLM reads as the usual one, too
+        found["rope_type"] = "default"
+    return found
 
 
 def _kind(folder: Path, config: Mapping[str, Any], names: Set[str]) -> Kind:

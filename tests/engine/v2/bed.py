@@ -47,6 +47,7 @@ class Case:
     attention: str = "triton"
     is_async: bool = False
     patches: tuple[str, ...] = ()  # names of functions in breakages.py
+    pictures: str = ""  # a family of tests/engine/pictures.py, whose prompts are asked; no prompts
     sessions: bool = False  # of several turns (tests/engine/test_sessions.py), one for each of `params`; no prompts
     capture_sizes: tuple[int, ...] = ()  # rows for which passes of decoding requests are captured (graphs.py); none: no graphs
     audit: bool = False  # record what reads values on the host (audit.py): stats["host_reads"]
@@ -131,6 +132,7 @@ def _run(case: Case) -> Answers:
     from tests.engine.v2 import audit, graphs
 
     arguments = ENGINE | case.engine
+    prompts: Any = [{"prompt_token_ids": ids} for ids in case.prompts]
     with ExitStack() as stack:
         stack.enter_context(_configured(case))
         stack.enter_context(_broken(case.patches))
@@ -140,6 +142,11 @@ def _run(case: Case) -> Answers:
             from tests.engine.v2 import flash_by_torch
 
             stack.enter_context(flash_by_torch.installed(case.attention == "xformers"))
+        if case.pictures:
+            from tests.engine import pictures
+
+            stack.enter_context(pictures.seeing(Path(case.model), case.pictures))
+            prompts = pictures.prompts()
         if "spec_model" in arguments or case.attention == "stock":
             from tests.engine.v2 import worker
 
@@ -150,7 +157,6 @@ def _run(case: Case) -> Answers:
                 turns = [session(llm, _params(each))[0] for each in case.params]
                 stats = llm.collective_rpc("eagle_stats")[0] if "spec_model" in arguments else {}
                 return Answers([answer for answers in turns for answer in answers], [], [], stats, [])
-            prompts = [{"prompt_token_ids": ids} for ids in case.prompts]
             with audit.recorded() if case.audit else nullcontext():
                 outputs = llm.generate(
                     prompts, [_params(each) for each in case.params], use_tqdm=False, lora_request=_adapters(case)

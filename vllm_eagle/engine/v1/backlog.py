@@ -20,8 +20,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 class Piece:
     """Consecutive tokens of one request, as the target's pass left them."""
 
-    start: int  # position of the first one
+    start: int  # place of the first one in the context
     token_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens], with M-RoPE [3, num_tokens]
     features: torch.Tensor  # [num_tokens, hidden], EAGLE-3: [num_tokens, num_aux * hidden]
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class Piece:
     def __getitem__(self, part: slice) -> "Piece":
         """A part of it, in steps of one."""
         start, _, _ = part.indices(len(self))
-        return Piece(self.start + start, self.token_ids[part], self.features[part])
+        return Piece(self.start + start, self.token_ids[part], self.positions[..., part], self.features[part])
 
 
 class Backlog:
@@ -41,15 +42,19 @@ class Backlog:
         self._places: dict[str, list[int]] = {}
         self._starts: dict[str, int] = {}
         self._lost: set[str] = set()
-        self._token_ids, self._features = torch.empty(0), torch.empty(0)  # by place; allocated when types are known
+        # By place; allocated when types are known.
+        self._token_ids, self._positions, self._features = torch.empty(0), torch.empty(0), torch.empty(0)
 
-    def keep(self, token_ids: torch.Tensor, features: torch.Tensor, parts: Mapping[str, tuple[int, range]]) -> None:
+    def keep(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, features: torch.Tensor, parts: Mapping[str, tuple[int, range]]
+    ) -> None:
         """Copy tokens of a pass, which follow on those kept before; where there is no room, lose the request.
 
         Args:
             token_ids: of the pass, [num_tokens].
+            positions: likewise, [num_tokens], with M-RoPE [3, num_tokens].
             features: likewise, [num_tokens, hidden].
-            parts: by request id, the position of its first token, and which tokens of the pass are its own.
+            parts: by request id, the place of its first token in the context, and which tokens of the pass are its own.
         """
         sources: list[int] = []
         places: list[int] = []
@@ -70,9 +75,11 @@ class Backlog:
         if self._features.shape[1:] != features.shape[1:]:
             most_tokens = len(self._free) + sum(map(len, self._places.values()))
             self._token_ids = token_ids.new_empty(most_tokens)
+            self._positions = positions.new_empty(*positions.shape[:-1], most_tokens)
             self._features = features.new_empty(most_tokens, *features.shape[1:])
         to, of = (async_tensor_h2d(rows, device=features.device, dtype=torch.long) for rows in (places, sources))
         self._token_ids[to] = token_ids[of]
+        self._positions[..., to] = positions[..., of]
         self._features[to] = features[of]
 
     def is_lost(self, req_id: str) -> bool:
@@ -89,7 +96,7 @@ class Backlog:
         if not places:
             return None
         rows = async_tensor_h2d(places, device=self._features.device, dtype=torch.long)
-        piece = Piece(self._starts[req_id], self._token_ids[rows], self._features[rows])
+        piece = Piece(self._starts[req_id], self._token_ids[rows], self._positions[..., rows], self._features[rows])
         self._drop(req_id)
         return piece
 
@@ -123,4 +130,9 @@ def batches(waiting: Sequence[tuple[int, Piece]], most_tokens: int) -> Iterator[
 
 def join(pieces: Sequence[Piece]) -> Piece:
     """Consecutive pieces as one."""
-    return Piece(pieces[0].start, torch.cat([p.token_ids for p in pieces]), torch.cat([p.features for p in pieces]))
+    return Piece(
+        pieces[0].start,
+        torch.cat([p.token_ids for p in pieces]),
+        torch.cat([p.positions for p in pieces], dim=-1),
+        torch.cat([p.features for p in pieces]),
+    )

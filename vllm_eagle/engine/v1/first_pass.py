@@ -21,13 +21,13 @@ class FirstPass:
 
     token_ids: torch.Tensor  # [num_tokens], the target's
     next_token_ids: torch.Tensor  # [num_rows], the token after the last one of each request
-    positions: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens], with M-RoPE [3, num_tokens]
     features: torch.Tensor  # [num_tokens, hidden], EAGLE-3: [num_tokens, num_aux * hidden]
     metadata: CommonAttentionMetadata
 
     @property
     def starts(self) -> list[int]:
-        """Position of each request's first token."""
+        """Place of each request's first token in its context."""
         cuts = self.metadata.query_start_loc_cpu
         assert self.metadata.seq_lens_cpu_upper_bound is not None  # exact: what was rejected is known
         starts: list[int] = (self.metadata.seq_lens_cpu_upper_bound - cuts[1:] + cuts[:-1]).tolist()
@@ -45,7 +45,7 @@ class FirstPass:
         found = {}
         for row in rows:
             part = slice(parts[row].start, parts[row].stop)
-            found[row] = Piece(starts[row], self.token_ids[part], self.features[part])
+            found[row] = Piece(starts[row], self.token_ids[part], self.positions[..., part], self.features[part])
         return found
 
 
@@ -65,7 +65,8 @@ def passes(
     """
     if later:
         starts, parts = whole.starts, whole.parts
-        backlog.keep(whole.token_ids, whole.features, {req_ids[row]: (starts[row], parts[row]) for row in later})
+        mine = {req_ids[row]: (starts[row], parts[row]) for row in later}
+        backlog.keep(whole.token_ids, whole.positions, whole.features, mine)
     waiting = {row: piece for row in now if (piece := backlog.take(req_ids[row])) is not None}
     if not waiting and len(now) == len(req_ids):
         yield whole
@@ -102,9 +103,9 @@ def _gathered(
     starts = torch.tensor([piece.start for piece in pieces.values()], dtype=torch.long)
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     row_of_token = async_tensor_h2d(torch.arange(len(rows)).repeat_interleave(counts), device=device)
-    positions = async_tensor_h2d(torch.arange(int(ends[-1])) + (starts - ends[:-1]).repeat_interleave(counts), device=device)
+    places = async_tensor_h2d(torch.arange(int(ends[-1])) + (starts - ends[:-1]).repeat_interleave(counts), device=device)
     table = common.block_table_tensor[async_tensor_h2d(rows, device=device)]
-    blocks = table[row_of_token, positions // block_size]
+    blocks = table[row_of_token, places // block_size]
     query_start_loc = ends.to(torch.int32)
     seq_lens = (starts + counts).to(common.seq_lens.dtype)
     metadata = CommonAttentionMetadata(
@@ -112,12 +113,12 @@ def _gathered(
         query_start_loc_cpu=query_start_loc,
         seq_lens=async_tensor_h2d(seq_lens, device=device),
         num_reqs=len(rows),
-        num_actual_tokens=len(positions),
+        num_actual_tokens=len(places),
         max_query_len=int(counts.max()),
         max_seq_len=int(seq_lens.max()),
         block_table_tensor=table,
-        slot_mapping=blocks.to(common.slot_mapping.dtype) * block_size + positions % block_size,
+        slot_mapping=blocks.to(common.slot_mapping.dtype) * block_size + places % block_size,
         causal=True,
     )
     joined = join(list(pieces.values()))
-    return FirstPass(joined.token_ids, next_token_ids, positions, joined.features, metadata)
+    return FirstPass(joined.token_ids, next_token_ids, joined.positions, joined.features, metadata)

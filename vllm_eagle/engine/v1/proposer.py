@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -74,9 +75,17 @@ class EagleTreeProposer(EagleProposer):
         self.level_rows: list[int] = []  # nodes in each level that it ran
         self.levels_s = 0.0  # seconds from the first level on
         self.num_drafting = 0  # requests that it drafted for
+        self.of_three_rows = vllm_config.model_config.uses_mrope
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
         feature_bytes = vllm_config.model_config.get_hidden_size() * (3 if self.method == "eagle3" else 1) * self.dtype.itemsize
         self._backlog = Backlog(BACKLOG_BYTES // feature_bytes)
+
+    def load_model(self, target_model: Any) -> None:
+        """As vLLM's, which asks Qwen2-VL for its pictures' token by another name than it has for it."""
+        config = target_model.config
+        if supports_multimodal(target_model) and not hasattr(config, "image_token_index"):
+            config.image_token_index = config.image_token_id
+        super().load_model(target_model)
 
     def initialize_attn_backend(self, kv_cache_config: KVCacheConfig, *args: Any) -> None:
         """As vLLM's. What was put off would be written to blocks that others may have by then, if the head lets go of any."""
@@ -128,7 +137,7 @@ class EagleTreeProposer(EagleProposer):
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,  # [num_tokens]
-        target_positions: torch.Tensor,  # [num_tokens]
+        target_positions: torch.Tensor,  # [num_tokens], with M-RoPE [3, num_tokens]
         target_hidden_states: torch.Tensor,  # [num_tokens, hidden], EAGLE-3: [num_tokens, num_aux * hidden]
         next_token_ids: torch.Tensor,  # [num_reqs]
         token_indices_to_sample: torch.Tensor | None,
@@ -154,7 +163,7 @@ class EagleTreeProposer(EagleProposer):
             chosen = async_tensor_h2d(list(step.requests), device=self.device)
             common = common_attn_metadata
             levels = self._levels(common.block_table_tensor[chosen], common.seq_lens[chosen].long(), common.max_seq_len)
-            level_pass = _LevelPass(self, levels, hidden[rows], self.positions[rows])
+            level_pass = _LevelPass(self, levels, hidden[rows], self._positions_of(rows))
             filters = Filters.of(sampling_metadata, chosen)
             constraints = self._constraints(list(step.requests)).over(self.logits.token_ids)
             trees = grow(
@@ -212,6 +221,10 @@ class EagleTreeProposer(EagleProposer):
         ):
             last_hidden, hidden = self.run_head(model_inputs)
         return last_hidden, hidden, last_rows
+
+    def _positions_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of the first pass's rows, [len(rows)]: with M-RoPE the largest of three, from which text goes on behind a picture."""
+        return self.mrope_positions[:, rows].amax(0) if self.uses_mrope else self.positions[rows]
 
     def run_head(self, model_inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features for logits, and features to feed back; an MTP module makes one of both."""
@@ -295,7 +308,9 @@ class _LevelPass:
         proposer.level_rows.append(rows)
         mode, num_input_tokens, across_dp = proposer._determine_batch_execution_and_padding(rows)
         proposer.input_ids[:rows] = level.token_ids.flatten()
-        proposer._set_positions(rows, positions.expand(-1, width).flatten())
+        positions = positions.expand(-1, width).flatten()
+        # Where the target has three rows of positions vLLM takes the head's from these, all or the first; drafts have them alike.
+        proposer._set_positions(rows, positions[None] if proposer.of_three_rows else positions)
         proposer.hidden_states[:rows] = self._hidden.gather(1, parents).flatten(0, 1)
         model_inputs, _ = proposer.build_model_inputs_first_pass(rows, num_input_tokens, None)
         with set_forward_context(

@@ -38,6 +38,7 @@ from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.features import listen
 from vllm_eagle.engine.head_window import limit_head
 from vllm_eagle.engine.layers import target_layers
+from vllm_eagle.engine.loaded import language_model_of
 from vllm_eagle.engine.v1.clock import StepClock
 from vllm_eagle.engine.v1.grammar import TreeGrammars
 from vllm_eagle.engine.v1.planning import DraftPlanning
@@ -103,7 +104,8 @@ class EagleTreeRunner(DraftPlanning):
             ValueError: something is missing, or a layer cannot; the message says why.
         """
         super().load_model(*args, **kwargs)
-        self.drafter.logits = logits_of(self.drafter.model, self.get_model(), self.vllm_config, self.tree_config, self.device)
+        target = language_model_of(self.get_model())
+        self.drafter.logits = logits_of(self.drafter.model, target, self.vllm_config, self.tree_config, self.device)
         layers = self.compilation_config.static_forward_context
         check_layers(layers, self.max_model_len)
         limit_head(self.vllm_config, self.tree_config, layers, self.drafter._draft_attn_layer_names)
@@ -114,8 +116,12 @@ class EagleTreeRunner(DraftPlanning):
         if not self.use_aux_hidden_state_outputs or supports_eagle3(model):
             super()._setup_eagle3_aux_hidden_state_outputs()
             return
-        num_layers = len(model.model.layers)
+        inner = language_model_of(model)
+        num_layers = len(inner.model.layers)
         layers = self._get_eagle3_aux_layers_from_config() or (2, num_layers // 2, num_layers - 3)
+        if inner is not model:  # Qwen2-VL returns what its language model does
+            inner.set_aux_hidden_state_layers(layers)
+            return
         listen(model, layers, self.max_num_tokens, self.model_config.get_hidden_size(), self.dtype)
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
@@ -155,7 +161,10 @@ class EagleTreeRunner(DraftPlanning):
             self._tree_batch = lay_out(trees, with_tree, first_rows, context_lens)
             # vLLM derived slots from consecutive positions, which is where we want the nodes; positions go by depth.
             rows = async_tensor_h2d(self._tree_batch.rows, device=self.device)
-            self.positions[rows] = async_tensor_h2d(self._tree_batch.positions, device=self.device, dtype=self.positions.dtype)
+            positions = async_tensor_h2d(self._tree_batch.positions, device=self.device, dtype=self.positions.dtype)
+            if self.uses_mrope:  # what is decoded moves in all three rows alike
+                self.mrope_positions.gpu[:, rows] += positions - self.positions[rows]
+            self.positions[rows] = positions
         self._own_noise_streams()
         # Without drafts it says nothing, and vLLM would copy all inputs for the head row by row.
         return logits_indices, metadata if scheduled else None, most_sampled

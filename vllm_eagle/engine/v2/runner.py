@@ -11,7 +11,7 @@ stays on the device (slots.py), so steps are scheduled ahead and the host waits 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from vllm_eagle.engine.draft_vocab import logits_of
 from vllm_eagle.engine.grammars import grammars_follow_trees
 from vllm_eagle.engine.head_window import limit_head
 from vllm_eagle.engine.layers import blocks_are_given_back, target_layers
-from vllm_eagle.engine.loaded import name_aux_layers
+from vllm_eagle.engine.loaded import language_model_of, name_aux_layers
 from vllm_eagle.engine.v2 import measuring
 from vllm_eagle.engine.v2.backlog import Backlog
 from vllm_eagle.engine.v2.budgeting import Budgeting
@@ -128,7 +128,8 @@ class EagleTreeRunner(GPUModelRunner):
         """
         name_aux_layers(self.vllm_config)
         super().load_model(*args, **kwargs)
-        self.speculator.logits = logits_of(self.speculator.model, self.model, self.vllm_config, self.tree_config, self.device)
+        target = language_model_of(self.model)
+        self.speculator.logits = logits_of(self.speculator.model, target, self.vllm_config, self.tree_config, self.device)
         if self.tree_config.budget:
             self.speculator.backlog = Backlog(self.max_num_reqs, self.dtype, self.device)
         layers = self.compilation_config.static_forward_context
@@ -146,6 +147,8 @@ class EagleTreeRunner(GPUModelRunner):
             return self._attach(prepare(batch, mode, tables, slots, groups, *args, **kwargs), batch, groups, is_whole)
 
         self.model_state.prepare_attn = with_trees
+        if self.model_state.rope_state is not None:
+            self.model_state.prepare_inputs = self._by_depth(self.model_state.prepare_inputs)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then prepare compaction, and with a budget captured passes of requests with unequal numbers of rows."""
@@ -222,9 +225,24 @@ class EagleTreeRunner(GPUModelRunner):
         found = super().prepare_attn(input_batch)
         if input_batch.num_draft_tokens:
             self._rows_of_logits = input_batch.num_draft_tokens_per_req + 1
-            rows, nodes = input_batch.logits_indices, input_batch.expanded_local_pos.long()
-            input_batch.positions[rows] += self.trees.depths[input_batch.expanded_idx_mapping, nodes] - nodes
+            input_batch.positions[input_batch.logits_indices] += self._lifts(input_batch)
         return found
+
+    def _lifts(self, batch: InputBatch) -> torch.Tensor:
+        """What the position of each row of logits changes by where it goes by depth, [num_rows]."""
+        nodes = batch.expanded_local_pos.long()
+        return self.trees.depths[batch.expanded_idx_mapping, nodes] - nodes
+
+    def _by_depth(self, prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        """M-RoPE's positions, in three rows: of what is decoded these move alike."""
+
+        def prepare_inputs(batch: InputBatch, *args: Any) -> dict[str, Any]:
+            found = prepare(batch, *args)
+            if batch.num_draft_tokens:
+                found["positions"][:, batch.logits_indices] += self._lifts(batch)
+            return found
+
+        return prepare_inputs
 
     def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which takes one row of logits per request."""
