@@ -87,6 +87,16 @@ def test_weights_are_read_from_any_files(pickled: bool, shards: int, tmp_path: P
 # --- there and back -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [{"type": "mrope"}, {"rope_type": "mrope"}, {"type": "mrope", "rope_type": "default"}])
+def test_positions_in_three_rows_are_known_by_their_old_name(rows: dict[str, str], tmp_path: Path) -> None:
+    rope = rows | {"mrope_section": [4, 6, 6]}
+    head = read_head(
+        heads.write(tmp_path / "head", heads.eagle1_settings(rope_scaling=rope, rope_theta=1e6), heads.eagle1_weights())
+    )
+    assert head.layer["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    assert judge(head, None).wrong == ()
+
+
 @pytest.mark.parametrize("fc_bias", [True, False])
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_eagle1_goes_to_vllm_and_back(fc_bias: bool, qkv_bias: bool, tmp_path: Path) -> None:
