@@ -3,7 +3,7 @@
     python -m vllm_eagle.bench.heads.noise_weight [--real | --model MODEL] [--head HEAD] --json FILE
 
 Along answers that the target samples, trees of 16 are drafted as a server would draft them (evaluate/simulate.py), once per weight
-(algorithm/draft.py, NOISE_WEIGHT). Last: a line of JSON.
+(algorithm/draft.py, NOISE_WEIGHT).
 """
 
 import argparse
@@ -51,6 +51,15 @@ def measure(
     return found
 
 
+def table(result: dict[str, Any]) -> str:
+    """Markdown: tau, a row per temperature, a column per weight."""
+    weights = list(next(iter(result["temperatures"].values())))
+    lines = ["| | " + " | ".join(weights) + " |", "|" + "---|" * (1 + len(weights))]
+    for temperature, by_weight in result["temperatures"].items():
+        lines.append(f"| T = {temperature} | " + " | ".join(f"{by_weight[weight]['tau']:.2f}" for weight in weights) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     from vllm_eagle.pair import HEAD, REAL_HEAD, TARGET
@@ -75,7 +84,7 @@ def main() -> None:
         found = measure(target, head, prompts, args.temperatures, args.weights, args.max_tokens)
     result = {"target": Path(model).name, "prompts": len(prompts), "max_tokens": args.max_tokens, "temperatures": found}
     args.json.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    print(table(result))
 
 
 if __name__ == "__main__":
