@@ -9,8 +9,7 @@ from vllm import LLM, SamplingParams
 
 from tests.engine import pictures
 from tests.engine.engines import engine, tokens, tree_stats, trees
-from tests.engine.families import NUM_DRAFT_TOKENS, NUM_TOKENS, PROMPTS, expected_tau, overfitted
-from tests.engine.families import answers as answers_of
+from tests.engine.families import MARGIN, NUM_DRAFT_TOKENS, NUM_TOKENS, PROMPTS, expected_tau, overfitted, said
 from tests.engine.test_targets import knowing_head
 from tests.tiers import exhaustive
 from vllm_eagle.train.features.target import FrozenTarget
@@ -47,24 +46,25 @@ def test_eagle3_heads_are_accepted_as_eval_expects(family: str, has_rows: bool, 
     """Heads with positions in three rows of their own, and without, that have learnt texts. Behind pictures they are exact, too."""
     target = pictures.random_target(tmp_path / "target", family)
     text_model = FrozenTarget(pictures.text_model(tmp_path / "text", target, family), torch.float32)
-    texts = answers_of(text_model, temperature=0.0)
+    asked = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS + MARGIN, ignore_eos=True, detokenize=False)
+    with pictures.seeing(target, family), engine(target, **pictures.OPTIONS) as llm:
+        plain = answers(llm)
+        replies = tokens(llm.generate(asked, params, use_tqdm=False))
+    texts = said(replies, temperature=0.0)
     head = overfitted(text_model, "eagle3", texts)
     save_head(head, tmp_path / "head", torch.float32)
     settings = json.loads((tmp_path / "head" / "config.json").read_text())
     if has_rows:
         settings["rope_parameters"] |= pictures.TARGETS[family][1]["rope_parameters"] | {"rope_type": "mrope"}
         (tmp_path / "head" / "config.json").write_text(json.dumps(settings))
-    asked = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
-    with pictures.seeing(target, family):
-        with engine(target, **pictures.OPTIONS) as llm:
-            plain = answers(llm)
-        with engine(target, **pictures.OPTIONS, **trees(tmp_path / "head", NUM_DRAFT_TOKENS)) as llm:
-            found = tokens(llm.generate(asked, params, use_tqdm=False))
-            measured = tree_stats(llm)["tau"]
-            behind_pictures = answers(llm)
+    params.max_tokens = NUM_TOKENS
+    with pictures.seeing(target, family), engine(target, **pictures.OPTIONS, **trees(tmp_path / "head", NUM_DRAFT_TOKENS)) as llm:
+        found = tokens(llm.generate(asked, params, use_tqdm=False))
+        measured = tree_stats(llm)["tau"]
+        behind_pictures = answers(llm)
     print(family, measured)
-    assert found == [[text.token_ids[text.num_prompt :][:NUM_TOKENS]] for text in texts]
+    assert found == [[reply[:NUM_TOKENS]] for [reply] in replies]
     assert measured == pytest.approx(expected_tau(text_model, head, texts, 0.0), rel=0.03)
     assert measured > 1.5
     assert behind_pictures == plain

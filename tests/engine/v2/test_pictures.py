@@ -20,6 +20,6 @@ def test_trees_are_exact_behind_pictures(bed: Bed, family: str, tmp_path: Path) 
     plain = Case(str(target), [], PARAMS, engine=pictures.OPTIONS, pictures=family)
     engine = pictures.OPTIONS | ours(str(head), 8, budget=False)
     expected, found = bed.run(plain), bed.run(Case(str(target), [], PARAMS, engine=engine, pictures=family, is_async=True))
-    print(family, found.stats["tau"], found.stats["num_verifications"])
+    print(family, found.stats["tau"], found.stats["num_moved"])
     assert found.token_ids == expected.token_ids
-    assert found.stats["tau"] > 1.1
+    assert found.stats["num_moved"] > 0  # branches off the first child were accepted
