@@ -347,7 +347,7 @@ def test_nothing_is_put_off_for_such_a_head(of_the_head: str, waiting: int, monk
     found = EagleTreeProposer.__new__(EagleTreeProposer)
     found._draft_attn_layer_names, found._backlog = {of_the_head}, Backlog(10)
     found.initialize_attn_backend(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
-    found._backlog.keep(torch.arange(2), torch.zeros(2, 8), {"x": (0, range(2))})
+    found._backlog.keep(torch.arange(2), torch.arange(2), torch.zeros(2, 8), {"x": (0, range(2))})
     assert (found._backlog.waiting("x"), found._backlog.is_lost("x")) == (waiting, not waiting)
 
 
@@ -370,8 +370,10 @@ def test_filters_stay_on_the_device() -> None:
 class Waiting:
     """A backlog of one request, and of none of the others."""
 
-    def keep(self, token_ids: torch.Tensor, features: torch.Tensor, parts: dict[str, tuple[int, range]]) -> None:
-        assert features.device.type == "meta"
+    def keep(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, features: torch.Tensor, parts: dict[str, tuple[int, range]]
+    ) -> None:
+        assert positions.device.type == features.device.type == "meta"
         assert parts == {"c": (7, range(4, 6))}
 
     def take(self, req_id: str) -> Piece | None:
