@@ -54,6 +54,8 @@ WORKS = (
     ("mixtures of experts", "costs are measured with tokens that ask for as many experts as text does", "test_experts"),
     ("CUDA's engine: vLLM's V2 runner, async scheduling", f"{_INTERPRETED}: vllm-eagle gpu-check", "test_v2"),
     ("on CUDA: sampling parameters, logprobs, n, prompts in pieces, preemption, prefix cache", _INTERPRETED, "test_v2"),
+    ("on CUDA: FLASH_ATTN and xformers (CUSTOM)", f"with their kernels by torch; {_INTERPRETED}", "test_backends"),
+    ("on CUDA: tensor parallelism", f"drafts are planned on the first rank; {_INTERPRETED}", "test_ranks"),
     ("on CUDA: CUDA graphs of whole steps and of drafting", f"captured and replayed without a GPU; {_INTERPRETED}", "test_graphs"),
     (
         "on CUDA: structured output",
@@ -68,7 +70,7 @@ OTHERWISE = (
     (
         "on CUDA: what the interpreter cannot show",
         "not run",
-        "FLASH_ATTN, xformers (CUSTOM), tensor parallelism, quantized targets and real CUDA graphs in CUDA's engine; any GPU",
+        "the own kernels of FLASH_ATTN and xformers (CUSTOM), quantized targets and real CUDA graphs in CUDA's engine; any GPU",
     ),
     ("tensor-parallel ranks as Ray actors", "not run", "vLLM refuses them on CPUs; worker and scheduler go to them by name"),
     ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),
