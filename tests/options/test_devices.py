@@ -31,7 +31,7 @@ from vllm_eagle.engine import cuda_seams, seams
 from vllm_eagle.engine.filters import Filters
 from vllm_eagle.engine.layers import blocks_are_given_back, target_layers
 from vllm_eagle.engine.v1 import first_pass
-from vllm_eagle.engine.v1.backlog import Backlog, Piece
+from vllm_eagle.engine.v1.backlog import Piece
 from vllm_eagle.engine.v1.cpu_runner import EagleTreeCPUModelRunner
 from vllm_eagle.engine.v1.cpu_worker import EagleTreeCPUWorker
 from vllm_eagle.engine.v1.first_pass import FirstPass, passes
@@ -338,17 +338,16 @@ def test_a_head_with_a_window_gives_blocks_back() -> None:
     assert blocks_are_given_back(shared, {"a"})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("of_the_head", "waiting"), [("a", 0), ("head", 2)])
-def test_nothing_is_put_off_for_such_a_head(of_the_head: str, waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("of_the_head", "puts_off"), [("a", False), ("head", True)])
+def test_nothing_is_put_off_for_such_a_head(of_the_head: str, puts_off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     specs = {"a": SlidingWindowSpec(**kind, sliding_window=64), "head": FullAttentionSpec(**kind)}
     groups = [SimpleNamespace(layer_names=[name], kv_cache_spec=spec) for name, spec in specs.items()]
     monkeypatch.setattr(EagleProposer, "initialize_attn_backend", lambda *args: None)
     found = EagleTreeProposer.__new__(EagleTreeProposer)
-    found._draft_attn_layer_names, found._backlog = {of_the_head}, Backlog(10)
+    found._draft_attn_layer_names = {of_the_head}
     found.initialize_attn_backend(SimpleNamespace(kv_cache_groups=groups))  # type: ignore[arg-type]
-    found._backlog.keep(torch.arange(2), torch.arange(2), torch.zeros(2, 8), {"x": (0, range(2))})
-    assert (found._backlog.waiting("x"), found._backlog.is_lost("x")) == (waiting, not waiting)
+    assert found.puts_off is puts_off
 
 
 # The device "meta" refuses, as a GPU does, to be mixed with tensors of the host.

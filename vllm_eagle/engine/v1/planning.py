@@ -129,8 +129,9 @@ class DraftPlanning(GPUModelRunner):
             self._drafting = plan = self.budget.plan(num_decoding)
             limits = Limits(plan.node_floor, partial(self.budget.pays, plan))
         drawn, req_ids = self._requests_to_draft(most_draft_tokens), list(self.input_batch.req_ids)
-        now = {*drawn, *self._prompt_rows}
-        later = [row for row, req_id in enumerate(req_ids) if row not in now and self._options[req_id].num_draft_tokens]
+        wanting = [row for row, req_id in enumerate(req_ids) if self._options[req_id].num_draft_tokens]
+        now = {*drawn, *self._prompt_rows, *(() if self.drafter.puts_off else wanting)}
+        later = [row for row in wanting if row not in now]
         return DraftPlan(req_ids, drawn, sorted(now), later, limits)
 
     def _requests_to_draft(self, most_draft_tokens: int) -> dict[int, Request]:

@@ -76,6 +76,7 @@ class EagleTreeProposer(EagleProposer):
         self.levels_s = 0.0  # seconds from the first level on
         self.num_drafting = 0  # requests that it drafted for
         self.of_three_rows = vllm_config.model_config.uses_mrope
+        self.puts_off = True  # tokens of requests for which nothing is drafted, until something is
         self.measuring_target = False  # vLLM's dummy runs include the head; not while the target's cost is measured
         feature_bytes = vllm_config.model_config.get_hidden_size() * (3 if self.method == "eagle3" else 1) * self.dtype.itemsize
         self._backlog = Backlog(BACKLOG_BYTES // feature_bytes)
@@ -90,8 +91,7 @@ class EagleTreeProposer(EagleProposer):
     def initialize_attn_backend(self, kv_cache_config: KVCacheConfig, *args: Any) -> None:
         """As vLLM's. What was put off would be written to blocks that others may have by then, if the head lets go of any."""
         super().initialize_attn_backend(kv_cache_config, *args)
-        if blocks_are_given_back(kv_cache_config, self._draft_attn_layer_names):
-            self._backlog = Backlog(0)  # requests for which nothing is drafted once are left behind
+        self.puts_off = not blocks_are_given_back(kv_cache_config, self._draft_attn_layer_names)
 
     def prepare_inputs(
         self,
