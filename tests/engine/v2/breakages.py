@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import torch
 from vllm.distributed import get_tp_group
+from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from vllm_eagle.budget.budget import Budget
 from vllm_eagle.budget.cost_curve import CostCurve
@@ -180,6 +182,17 @@ def options_from_the_host() -> AbstractContextManager[Any]:
 
 
 # Not breakages, but what a test bed without adaptive verification or a large GPU does not have.
+
+
+def warmed_up() -> AbstractContextManager[Any]:
+    """Before requests come vLLM runs steps with requests of its own, as on a GPU: prompts, then drafts that nobody has drafted."""
+    stock = CPUWorker.compile_or_warm_up_model
+
+    def warm_up(self: Any) -> Any:
+        warmup_kernels(self.model_runner, self.execute_model, self.sample_tokens)
+        return stock(self)
+
+    return patch.object(CPUWorker, "compile_or_warm_up_model", warm_up)
 
 
 def graphs_of_any_rows() -> AbstractContextManager[Any]:

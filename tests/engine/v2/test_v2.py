@@ -193,6 +193,16 @@ def test_what_logprobs_are_of(bed: Bed, mode: str, kinds: tuple[str, ...]) -> No
     assert found.stats["num_moved"] > 0
 
 
+@interpreted
+def test_what_vllm_warms_up_with_leaves_nothing_behind(bed: Bed) -> None:
+    """Neither trees nor counts."""
+    asked = case([MANY["greedy"], MANY["sampled"]], 8)
+    cold, warm = (bed.run(with_trees(asked, trees(), attention="cpu", patches=patches)) for patches in ((), ("warmed_up",)))
+    assert warm.token_ids == cold.token_ids == bed.run(asked).token_ids
+    for counted in ("num_passes", "num_drafted", "num_verified", "num_accepted", "decisions"):
+        assert warm.stats[counted] == cold.stats[counted]
+
+
 @exhaustive
 def test_processors_of_users(bed: Bed) -> None:
     engine = {"logits_processors": ["tests.engine.v2.processors:OddAfterEven"]}
