@@ -197,7 +197,7 @@ def verify(backend: Any, runner: Any, batch: Any, table: torch.Tensor) -> None:
     rows = int(batch.num_nodes.sum())
     starts = torch.nn.functional.pad(torch.from_numpy(batch.num_nodes).cumsum(0), (1, 0)).int()
     builder = backend.get_builder_cls().__new__(backend.get_builder_cls())
-    metadata = SimpleNamespace(block_table=table, query_start_loc=starts, trees=None, plain=None, plain_rows=None)
+    metadata = SimpleNamespace(block_table=table, query_start_loc=starts, trees=None, plain=None, plain_rows=None, max_num_splits=0)
     first_rows, num_nodes = starts[:-1].long(), torch.from_numpy(batch.num_nodes)
     contexts, ancestors = torch.from_numpy(batch.context_lens), torch.from_numpy(batch.ancestors)
     rows_of_trees = TreeRows(table, contexts, first_rows, num_nodes, first_rows, num_nodes, ancestors)
