@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 from transformers import Olmo2Model, SmolLM3Model
 
+from vllm_eagle.algorithm import draft
+
 
 @pytest.fixture(autouse=True)
 def transformers_as_it_was() -> Iterator[None]:
@@ -20,3 +22,9 @@ def transformers_as_it_was() -> Iterator[None]:
         for name, value in attributes.items():
             if vars(cls)[name] is not value:
                 setattr(cls, name, value)
+
+
+@pytest.fixture
+def full_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise weighs what it weighs in the sampler, which is right for drafters that know the target and for no others."""
+    monkeypatch.setattr(draft, "NOISE_WEIGHT", 1.0)

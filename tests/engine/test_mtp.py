@@ -98,10 +98,12 @@ CASES = [(name, knows) for name in MODULES for knows in (True, False)]
 
 
 @pytest.mark.parametrize(("name", "knows"), some(CASES))
-def test_trees_of_a_module_are_exact(name: str, knows: bool, tmp_path: Path) -> None:
+def test_trees_of_a_module_are_exact(name: str, knows: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Of a target that its module knows, of whose chains hardly a node is rejected then, and of one that it half knows, so that
     branches are accepted; greedy and sampled.
     """
+    if knows:
+        request.getfixturevalue("full_noise")
     target = target_with_module(tmp_path / "target", name, knows)
     prompts = [[3 + (7 * i + 5 * j) % 250 for j in range(length)] for i, length in enumerate((5, 70, 130, 33))]
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=60, ignore_eos=True, detokenize=False) for i in range(4)]

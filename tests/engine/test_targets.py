@@ -42,6 +42,7 @@ def knowing_head(folder: Path, vocab_size: int = VOCAB) -> Path:
     return heads.write(folder, heads.eagle1_settings(vocab_size=vocab_size, architectures=["EagleLlamaForCausalLM"]), weights)
 
 
+@pytest.mark.usefixtures("full_noise")
 @pytest.mark.parametrize("family", some(TARGETS, "Gemma2", "Granite"))
 def test_drafts_are_the_targets_own(family: str, tmp_path: Path) -> None:
     """At T = 1 a chain is accepted to its end in every step only if the head's distribution is the target's: embedding, LM head,
