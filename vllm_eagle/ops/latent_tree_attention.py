@@ -12,22 +12,15 @@ import triton
 import triton.language as tl
 
 from vllm_eagle.ops.rows import TreeRows
-from vllm_eagle.ops.tree_attention import _LOG2_E, _MERGED_AT_ONCE, _MOST_SPLITS, _WAVES, _cuts, _merge, _multiprocessors
+from vllm_eagle.ops.tree_attention import _LOG2_E, _MERGED_AT_ONCE, _MOST_SPLITS, _WAVES, _cuts, _fold, _merge, _multiprocessors
 
 
 @triton.jit
 def _attend(query, query_rope, latent, rope, seen, top, total, found, scale):
-    """One step of online softmax, in powers of two: latent [keys, rank], rope [keys, rope_dim], seen [rows, keys]."""
+    """Fold in more keys: latent [keys, rank], rope [keys, rope_dim], seen [rows, keys]."""
     scores = tl.dot(query, tl.trans(latent), input_precision="ieee")
     scores = (scores + tl.dot(query_rope, tl.trans(rope), input_precision="ieee")) * scale  # in powers of two
-    scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-    weights = tl.exp2(scores - base[:, None])
-    faded = tl.exp2(top - base)
-    total = total * faded + tl.sum(weights, 1)
-    found = found * faded[:, None] + tl.dot(weights.to(latent.dtype), latent, input_precision="ieee")
-    return new_top, total, found
+    return _fold(tl.where(seen, scores, float("-inf")), latent, top, total, found)
 
 
 # Not specialized on what changes from step to step: that would compile while requests wait.

@@ -25,12 +25,8 @@ _TWO_SCALED_STAGES_BYTES = 112 << 10  # of shared memory, in the largest tiles
 
 
 @triton.jit
-def _attend(query, key, value, seen, top, total, found, scale, soft_cap, CAP: tl.constexpr, LOG2_E: tl.constexpr):
-    """One step of online softmax, in powers of two: key and value [keys, dim], seen [rows, keys]."""
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    if CAP:
-        scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
-    scores = tl.where(seen, scores * LOG2_E, float("-inf"))
+def _fold(scores, value, top, total, found):
+    """One step of online softmax: scores [rows, keys] in powers of two, value [keys, dim]."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
     weights = tl.exp2(scores - base[:, None])
@@ -38,6 +34,15 @@ def _attend(query, key, value, seen, top, total, found, scale, soft_cap, CAP: tl
     total = total * faded + tl.sum(weights, 1)
     found = found * faded[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     return new_top, total, found
+
+
+@triton.jit
+def _attend(query, key, value, seen, top, total, found, scale, soft_cap, CAP: tl.constexpr, LOG2_E: tl.constexpr):
+    """Fold in more keys: key and value [keys, dim], seen [rows, keys]."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if CAP:
+        scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+    return _fold(tl.where(seen, scores * LOG2_E, float("-inf")), value, top, total, found)
 
 
 @triton.jit
