@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_eagle.ops.rows import TreeRows
-from vllm_eagle.ops.tree_attention import _LOG2_E, _MERGED_AT_ONCE, _MOST_SPLITS, _WAVES, _cuts, _fold, _merge, _multiprocessors
+from vllm_eagle.ops.tree_attention import _LOG2_E, _MERGED_AT_ONCE, _MOST_SPLITS, _cuts, _filling_splits, _fold, _merge
 
 
 @triton.jit
@@ -105,8 +105,7 @@ def latent_tree_attention(
     block_m, block_n = _blocks(query)
     row_blocks = triton.cdiv(max_rows * num_heads, block_m)
     if num_splits is None:
-        fill = triton.cdiv(_WAVES * _multiprocessors(query.device), num_trees * row_blocks)
-        num_splits = max(1, min(fill, _MOST_SPLITS, longest_context // (4 * block_n)))
+        num_splits = _filling_splits(query.device, num_trees * row_blocks, longest_context, block_n)
     assert num_splits <= _MOST_SPLITS
     is_split, places = num_splits > 1, rows.first_rows
     found, log_sums = output, output

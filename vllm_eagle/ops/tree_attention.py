@@ -194,8 +194,7 @@ def tree_attention(
     block_m, block_n = _blocks(query, max_rows * group)
     if num_splits is None:
         programs = num_trees * num_kv_heads * triton.cdiv(max_rows * group, block_m)
-        fill = triton.cdiv(_WAVES * _multiprocessors(query.device), programs)
-        num_splits = max(1, min(fill, _MOST_SPLITS, longest_context // (4 * block_n)))
+        num_splits = _filling_splits(query.device, programs, longest_context, block_n)
     options = (scale, soft_cap, window, key_scale, value_scale)
     if num_splits == 1:
         _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, None, 1)
@@ -233,6 +232,12 @@ def own_attention(
         empty, options = torch.zeros_like(rows.context_lens), (scale, soft_cap, window, 1.0, 1.0)
         _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, places, 1)
     return found[0], (log_sums[0] / _LOG2_E).t().contiguous()
+
+
+def _filling_splits(device: torch.device, programs: int, longest_context: int, block_n: int) -> int:
+    """Parts of contexts that fill the GPU, where each makes so many programs; none shorter than four tiles."""
+    fill = triton.cdiv(_WAVES * _multiprocessors(device), programs)
+    return max(1, min(fill, _MOST_SPLITS, longest_context // (4 * block_n)))
 
 
 def _workspace(query: torch.Tensor, num_splits: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
