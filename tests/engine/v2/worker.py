@@ -19,8 +19,8 @@ from vllm_eagle.engine.v2.runner import EagleTreeRunner
 from vllm_eagle.engine.worker import EagleTreeWorker
 
 
-class TritonInCPUsPlace(TreeTritonAttentionBackend):
-    """The attention of GPUs; vLLM's CPU platform knows one name only."""
+class _InCPUsPlace:
+    """vLLM's CPU platform knows one name of attention only."""
 
     @staticmethod
     def get_name() -> str:
@@ -28,31 +28,20 @@ class TritonInCPUsPlace(TreeTritonAttentionBackend):
         return "CPU_ATTN"
 
 
-class StockInCPUsPlace(TritonAttentionBackend):
+class TritonInCPUsPlace(_InCPUsPlace, TreeTritonAttentionBackend):
+    """The attention of GPUs."""
+
+
+class StockInCPUsPlace(_InCPUsPlace, TritonAttentionBackend):
     """vLLM's own."""
 
-    @staticmethod
-    def get_name() -> str:
-        """The name of CPU attention."""
-        return "CPU_ATTN"
 
-
-class FlashInCPUsPlace(TreeFlashAttentionBackend):
+class FlashInCPUsPlace(_InCPUsPlace, TreeFlashAttentionBackend):
     """As the first one, with what stands in for FlashAttention's kernels (flash_by_torch.py)."""
 
-    @staticmethod
-    def get_name() -> str:
-        """The name of CPU attention."""
-        return "CPU_ATTN"
 
-
-class XFormersInCPUsPlace(TreeXFormersBackend):
+class XFormersInCPUsPlace(_InCPUsPlace, TreeXFormersBackend):
     """Likewise."""
-
-    @staticmethod
-    def get_name() -> str:
-        """The name of CPU attention."""
-        return "CPU_ATTN"
 
 
 _BACKENDS = {
