@@ -150,11 +150,12 @@ class _Ranker:
         # With the noise known, or none, the outcome is certain and only the head's error is left, which is one of its logits at any
         # temperature: the confidence is that of `log q + T * noise` and may be sharper than the probability. Without the noise, the
         # probability at this temperature is the acceptance.
-        hot = torch.where(temperatures > 0, temperatures, 1.0)
-        certain = (temperatures <= 0) | coupled
-        self._factors = torch.where(certain, 1 / confidence_scale, 1 / hot)
         # There is noise with coupling only, and zero for greedy requests.
-        self._noise_factors = NOISE_WEIGHT * hot / confidence_scale
+        self._noise_factors = temperatures * (NOISE_WEIGHT / confidence_scale)
+        if coupled:
+            self._factors = torch.full_like(temperatures, 1 / confidence_scale)
+        else:
+            self._factors = torch.where(temperatures > 0, 1 / temperatures, 1 / confidence_scale)
 
     def children(
         self,
@@ -249,7 +250,7 @@ class Pool:
         # A stable sort keeps the parent, which entered the pool first, ahead of a child with an equal score.
         order = np.argsort(-scores, axis=1, kind="stable")
         ranks = np.empty_like(order)
-        np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
+        ranks[np.arange(len(order))[:, None], order] = np.arange(order.shape[1])
         counts = np.minimum((scores > NEVER).sum(1), self.budgets.numpy())
         trees = []
         for i, root in enumerate(root_token_ids):

@@ -83,7 +83,7 @@ class DraftTree:
         """The child of `node` that carries `token_id`; siblings hold distinct tokens, so there is at most one."""
         if node + 1 == self.num_nodes:
             return None
-        matches = np.flatnonzero((self.parents[node + 1 :] == node) & (self.token_ids[node + 1 :] == token_id))
+        (matches,) = ((self.parents[node + 1 :] == node) & (self.token_ids[node + 1 :] == token_id)).nonzero()
         return int(matches[0]) + node + 1 if len(matches) else None
 
     def path(self, node: int) -> list[int]:
@@ -134,12 +134,12 @@ def inner_nodes(parents: IntArray, depths: IntArray, num_nodes: IntArray, depth_
 
 def node_depths(parents: IntArray) -> IntArray:
     """Depth of every node of several trees: parents [num_trees, num_nodes] -> [num_trees, num_nodes] int64."""
-    depths = np.zeros_like(parents)
-    above = np.broadcast_to(np.arange(parents.shape[1]), parents.shape)
-    while (above != 0).any():
-        depths += above != 0
-        above = np.take_along_axis(parents, above, axis=1)
-    return depths
+    first, flat = _flat(parents)
+    depths, above = np.zeros_like(flat), np.arange(flat.size)
+    while (below_root := above != first).any():
+        depths += below_root
+        above = flat[above]
+    return depths.reshape(parents.shape)
 
 
 def node_ancestors(parents: IntArray) -> npt.NDArray[np.bool_]:
@@ -148,10 +148,17 @@ def node_ancestors(parents: IntArray) -> npt.NDArray[np.bool_]:
     Climbs from all nodes at once, so the cost is the greatest depth, not the number of nodes.
     """
     num_trees, num_nodes = parents.shape
-    ancestors = np.zeros((num_trees, num_nodes, num_nodes), dtype=np.bool_)
-    above = np.broadcast_to(np.arange(num_nodes), parents.shape)
+    first, flat = _flat(parents)
+    ancestors = np.zeros((flat.size, num_nodes), dtype=np.bool_)
+    nodes = above = np.arange(flat.size)
     while True:
-        np.put_along_axis(ancestors, above[:, :, None], True, axis=2)
-        if (above == 0).all():
-            return ancestors
-        above = np.take_along_axis(parents, above, axis=1)
+        ancestors[nodes, above - first] = True
+        if (above == first).all():
+            return ancestors.reshape(num_trees, num_nodes, num_nodes)
+        above = flat[above]
+
+
+def _flat(parents: IntArray) -> tuple[IntArray, IntArray]:
+    """Of every node its root and its parent, all trees' nodes numbered on: [num_trees * num_nodes] each."""
+    first = (np.arange(len(parents)) * parents.shape[1]).repeat(parents.shape[1])
+    return first, parents.ravel() + first

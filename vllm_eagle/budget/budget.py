@@ -121,7 +121,7 @@ class Budget:
 
     def pays(self, plan: Plan, scores: np.ndarray) -> bool:
         """Whether another level may pay after one with these scores: a child is at most as probable as its parent."""
-        return float((self.calibration(scores) - plan.node_price).clip(min=0.0).sum()) >= plan.level_price
+        return float(np.maximum(self.calibration(scores) - plan.node_price, 0.0).sum()) >= plan.level_price
 
     def rates(self, num_requests: int) -> np.ndarray:
         """Tokens per second to expect of drafting 0, 1, ... levels, each with its best number of nodes: [depth_limit + 1]."""

@@ -22,11 +22,13 @@ class _Spread:
     drafts: float  # of what a pass with drafts takes besides, likewise
     tree: float  # of what each tree in it takes besides, likewise
 
-    def covariance(self, points: np.ndarray) -> np.ndarray:
-        """Of the points and of the two costs of drafts: [len(points) + 2, len(points) + 2]."""
-        spread = np.diag(np.append(self.alone * points, [self.drafts * points[0], self.tree * points[0]]) ** 2)
-        spread[:-2, :-2] += self.together**2 * np.outer(points, points) + (self.added * points[0]) ** 2
-        return spread
+    def add_to(self, covariance: np.ndarray, points: np.ndarray) -> None:
+        """To that of the points and of the two costs of drafts: [len(points) + 2, len(points) + 2]."""
+        own = covariance[:-2, :-2]
+        own += np.multiply.outer(self.together**2 * points, points) + (self.added * points[0]) ** 2
+        np.einsum("ii->i", own)[:] += (self.alone * points) ** 2
+        covariance[-2, -2] += (self.drafts * points[0]) ** 2
+        covariance[-1, -1] += (self.tree * points[0]) ** 2
 
 
 _AT_START = _Spread(0.05, 0.02, 0.5, 0.1, 0.005)  # what was measured then is without attention, sampling and much of Python
@@ -58,7 +60,8 @@ class CostCurve:
         measured = np.minimum.accumulate(measured[::-1])[::-1]  # what disturbs a measurement makes it slower
         self._state = np.append(measured, [0.0, 0.0])  # seconds of each point, what drafts take besides, and each tree of them
         self._least = np.append(_LEAST * measured, [0.0, 0.0])
-        self._covariance = _AT_START.covariance(measured)
+        self._covariance = np.zeros((len(self._state), len(self._state)))
+        _AT_START.add_to(self._covariance, measured)
 
     @property
     def points(self) -> list[tuple[int, float]]:
@@ -89,14 +92,15 @@ class CostCurve:
             return  # the clock was set back
         if not num_trees:
             self._state[-2:] *= REMEMBERED
-        self._covariance = _KEPT * self._covariance + _PER_PASS.covariance(self._state[:-2])
+        self._covariance *= _KEPT
+        _PER_PASS.add_to(self._covariance, self._state[:-2])
         seen = np.append(self._weights(tokens), [float(num_trees > 0), float(num_trees)])
         expected = max(float(seen @ self._state), float(self._least[0]))
         error = min(max(seconds, expected / _OUTLIER), expected * _OUTLIER) - expected
         shared = self._covariance @ seen
         gain = shared / (seen @ shared + (_NOISE * expected) ** 2)
         self._state = np.maximum(self._state + gain * error, self._least)
-        self._covariance -= np.outer(gain, shared)
+        self._covariance -= np.multiply.outer(gain, shared)
 
     def _believed(self) -> np.ndarray:
         return np.maximum.accumulate(self._state[:-2])

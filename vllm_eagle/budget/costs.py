@@ -67,7 +67,7 @@ class Costs:
         if not rows or levels_s <= 0:
             return
         expected = self.head(np.array(rows))
-        mean = float(np.mean(rows))  # levels of one drafting are measured together
+        mean = sum(rows) / len(rows)  # levels of one drafting are measured together
         self.head.correct(mean, float(self.head(np.array(mean)) * levels_s / expected.sum()))
         levels = min(len(rows), len(self._rows) - 1)
         self._rows[1 : levels + 1] += _FADE * (np.array(rows[:levels]) / num_requests - self._rows[1 : levels + 1])

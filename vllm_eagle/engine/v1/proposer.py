@@ -226,6 +226,13 @@ class EagleTreeProposer(EagleProposer):
         """Of the first pass's rows, [len(rows)]: with M-RoPE the largest of three, from which text goes on behind a picture."""
         return self.mrope_positions[:, rows].amax(0) if self.uses_mrope else self.positions[rows]
 
+    def _set_positions(self, num_tokens: int, positions: torch.Tensor) -> None:
+        """As vLLM's, which looks into the target's config anew each time; that takes longer than the copy."""
+        if self.uses_mrope:
+            self.mrope_positions[:, :num_tokens] = positions
+        else:
+            self.positions[:num_tokens] = positions[0] if self.of_three_rows else positions
+
     def run_head(self, model_inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features for logits, and features to feed back; an MTP module makes one of both."""
         made = self.model(**model_inputs)
