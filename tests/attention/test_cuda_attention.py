@@ -200,7 +200,7 @@ def test_a_cache_in_fp8_is_read_back_as_plain_decoding_would(backend: Any) -> No
         ({}, ""),
         ({"attn_type": "encoder"}, "not causal self-attention"),
         ({"alibi_slopes": [1.0]}, "ALiBi"),
-        ({"sinks": torch.ones(1)}, "sinks"),
+        ({"sinks": torch.ones(1)}, "TRITON_ATTN"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "use auto or fp8"),
         ({"sliding_window": (15, 0)}, "TRITON_ATTN"),
         ({"kv_cache_dtype": "fp8"}, "TRITON_ATTN"),

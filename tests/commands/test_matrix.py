@@ -34,7 +34,6 @@ BREAKS: dict[str, dict[str, object]] = {
     "multimodal models other than Qwen2-VL, Qwen2.5-VL, Qwen3-VL": {"model_config.is_multimodal_model": True},
     "chunked attention (Llama 4) over more than one chunk": {"model_config.attention_chunk_size": 64},
     "pruned videos": {"model_config.multimodal_config": SimpleNamespace(is_multimodal_pruning_enabled=lambda: True)},
-    "attention sinks, on CUDA": ON_CUDA | {"model_config.hf_text_config.model_type": "gpt_oss"},
     "heads that do not fit the target": {"model_config.get_hidden_size": lambda: 96},
     "draft vocabularies of another target": {"speculative_config.draft_model_config.model": str(REAL_HEAD)},
     "EAGLE-3 heads for classes that hand out no features and are not listened to": {
@@ -63,7 +62,6 @@ BREAKS: dict[str, dict[str, object]] = {
     "fast prefill with shared KV caches, on CUDA": ON_CUDA | {"cache_config.kv_sharing_fast_prefill": True},
     "routed experts in outputs, on CUDA": ON_CUDA | {"aux_output_config.enabled": True},
     "vLLM's adaptive verification, on CUDA": ON_CUDA | {"speculative_config.enable_adaptive_verification": True},
-    "MTP modules, on CUDA": ON_CUDA | {"speculative_config.method": "mtp"},
     "draft_window with other attention than TRITON_ATTN, on CUDA": ON_CUDA
     | {"additional_config": {"vllm_eagle": {"draft_window": 64}}, "attention_config.backend": AttentionBackendEnum.FLASH_ATTN},
     "trees that fit no step or no context": {"scheduler_config.max_num_batched_tokens": 16},

@@ -43,7 +43,8 @@ LARGEST_FP8 = Attention([(32, 64)], heads=HEADS, dtype=torch.bfloat16, fp8=True)
 WIDE_FP8 = Attention([(16, 64)], heads=(16, 4, 256), dtype=torch.bfloat16, fp8=True)
 SMALL = Attention([(4, 64)], num_splits=2)
 WINDOW = Attention([(4, 64)], dtype=torch.float16, window=16, soft_cap=5.0)
-SHAPES = {80: [LARGEST], 89: [LARGEST_FP8, WIDE_FP8], 90: [LARGEST, SMALL, WINDOW], 120: [LARGEST_FP8]}
+SINKS = Attention([(8, 64)], heads=(64, 8, 64), dtype=torch.bfloat16, window=128, sinks=True)  # of gpt-oss-20b
+SHAPES = {80: [LARGEST], 89: [LARGEST_FP8, WIDE_FP8], 90: [LARGEST, SMALL, WINDOW, SINKS], 120: [LARGEST_FP8]}
 LATENT = Attention([(32, 64)], heads=(16, 576, 64), dtype=torch.bfloat16, num_splits=2)  # of DeepSeek-V2-Lite
 OTHERS = {
     90: (

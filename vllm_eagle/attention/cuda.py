@@ -2,16 +2,17 @@
 
 | backend | tree rows run through | not for |
 | --- | --- | --- |
-| FLASH_ATTN (flash.py) | FlashAttention over the context, our kernel over the tree, vLLM's merge | float32, windows, fp8, hd256 |
+| FLASH_ATTN (flash.py) | FlashAttention over the context, ours over the tree, vLLM's merge | float32, windows, sinks, fp8, hd256 |
 | TRITON_ATTN | our kernel for both, in one launch where a context is short | - |
-| CUSTOM (xformers.py) | xformers' partial attention over both, its merge | float32, windows, fp8, hd256, soft caps, other heads |
+| CUSTOM (xformers.py) | xformers' partial attention over both, its merge | as FLASH_ATTN; soft caps, other heads |
 
 - float32: FlashAttention, which runs plain rows under CUSTOM, too, computes in 16 bits; vLLM refuses it.
 - windows shorter than max_model_len: both would count them by row, as if a tree's rows were consecutive tokens.
+- sinks: a score that every row has once more, in one of the parts that are merged.
 - fp8 caches: FlashAttention wants the query quantized, too, xformers wants scales per token.
 - hd256: heads of 256 on GPUs where FlashAttention 4 has a kernel of its own for them (Blackwell), which wants other pages.
 - other heads: xformers knows powers of two from 16 to 512.
-- None of them runs ALiBi, attention sinks, what is not causal, or caches of other types than 16 and 32 bits and fp8 (e4m3).
+- None of them runs ALiBi, what is not causal, or caches of other types than 16 and 32 bits and fp8 (e4m3).
 
 But for float32, these are what `not_supported_reasons` of the impls say when layers are loaded.
 
@@ -43,6 +44,7 @@ from vllm_eagle.attention.interface import window_is_asked
 from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass
 from vllm_eagle.ops.rows import TreeRows
 
+_WITH_SINKS = ("gpt_oss",)  # types of models
 _FP8_MOST = 448.0  # of e4m3, to which vLLM saturates
 
 
@@ -75,7 +77,8 @@ def default_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
 def _flash_attention_takes(model: ModelConfig, max_model_len: int) -> bool:
     head_size, window = model.get_head_size(), model.get_sliding_window()
     return (
-        FlashAttentionBackend.supports_dtype(model.dtype)
+        model.hf_text_config.model_type not in _WITH_SINKS
+        and FlashAttentionBackend.supports_dtype(model.dtype)
         and FlashAttentionBackend.supports_head_size(head_size)
         and not uses_fa4_hd256_kernel(head_size)
         and (window is None or window >= max_model_len)
@@ -154,6 +157,7 @@ class TreeGPUImpl(TreeImpl):
             window=self._window,
             key_scale=trees.layer._k_scale_float,
             value_scale=trees.layer._v_scale_float,
+            sinks=self.sinks,
         )
 
     @property
@@ -177,8 +181,6 @@ class TreeGPUImpl(TreeImpl):
     def not_supported_reasons(self, max_model_len: int) -> list[str]:
         """Why this layer cannot run tree rows; empty if it can."""
         reasons = super().not_supported_reasons(max_model_len)
-        if self.sinks is not None:
-            reasons.append("the GPU's tree kernel knows no attention sinks")
         if is_quantized_kv_cache(self.kv_cache_dtype) and self.kv_cache_dtype not in ("fp8", "fp8_e4m3"):
             reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} is not read by the tree kernel; use auto or fp8")
         return reasons

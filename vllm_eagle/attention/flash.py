@@ -39,6 +39,8 @@ class TreeFlashAttentionImpl(TreeGPUImpl, FlashAttentionImpl):
         if 0 < self._window < max_model_len:
             # FlashAttention counts a window from the last row, as if rows were consecutive tokens.
             reasons.append(f"a sliding window of {self._window} tokens; set attention_backend to TRITON_ATTN")
+        if self.sinks is not None:  # FlashAttention's part would count them, and ours could not know
+            reasons.append("attention sinks; set attention_backend to TRITON_ATTN")
         if is_quantized_kv_cache(self.kv_cache_dtype):  # it wants the query quantized, too; tree rows want it as it is
             reasons.append(f"kv_cache_dtype={self.kv_cache_dtype} with FlashAttention; set attention_backend to TRITON_ATTN")
         if self.fa4_hd256:

@@ -34,6 +34,8 @@ class TreeXFormersImpl(TreeGPUImpl, FlashAttentionImpl):
 
         if self.head_size not in HEAD_DIMS:
             reasons.append(f"heads of {self.head_size}: xformers knows {HEAD_DIMS}")
+        if self.sinks is not None:
+            reasons.append("xformers knows no attention sinks")
         if self.logits_soft_cap:
             reasons.append("xformers does not soft-cap scores")
         if 0 < self._window < max_model_len:

@@ -34,7 +34,7 @@ WORKS = (
     ),
     (
         "sliding windows, soft-capped attention, sinks",
-        "on CPUs; as in Mistral, Qwen2, Gemma 2 and 3, EXAONE 4, gpt-oss",
+        f"as in Mistral, Qwen2, Gemma 2 and 3, EXAONE 4, gpt-oss; on CUDA with TRITON_ATTN; {_INTERPRETED}",
         "test_windows",
     ),
     ("EAGLE-1/2 and EAGLE-3 heads, fc.bias", "other formats are converted when they are served", "test_biased_head"),
@@ -44,7 +44,7 @@ WORKS = (
         "test_served",
     ),
     ("windows over the head (draft_window)", f"on CUDA with TRITON_ATTN; {_INTERPRETED}", "test_windows"),
-    ("MTP modules of MiMo, GLM-4 MoE, Ernie 4.5 MoE, EXAONE MoE, HY 3", "on CPUs", "test_mtp"),
+    ("MTP modules of MiMo, GLM-4 MoE, Ernie 4.5 MoE, EXAONE MoE, HY 3", f"on CUDA: {_INTERPRETED}", "test_mtp"),
     (
         "Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
         "text and pictures in the prompt; heads see the pictures' tokens, not the pictures",

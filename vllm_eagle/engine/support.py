@@ -273,10 +273,6 @@ _v2_rule(
     "speculative_config.enable_adaptive_verification is for chains, trees have a budget of their own; remove it",
 )  # fmt: skip
 _v2_rule(
-    "MTP modules", "vLLM's V2 runner has another speculator for them", lambda c: c.speculative_config.method == MTP,
-    f'speculative method "{MTP}" has no tree on CUDA; use an EAGLE head, or remove the draft-tree options',
-)  # fmt: skip
-_v2_rule(
     "draft_window with other attention than TRITON_ATTN", "the others would count it by row", lambda c: _wants_window(c),
     "draft_window: only TRITON_ATTN counts a window by position along a tree; set attention_backend to it, or draft_window to 0",
 )  # fmt: skip

@@ -41,11 +41,6 @@ _model_rule(
     lambda c: _is_other_multimodal(c),
     f"is multimodal, and with trees these are served: {', '.join(SEEING)}",
 )  # fmt: skip
-_model_rule(
-    "attention sinks, on CUDA", "the GPU's tree kernel does not know them",
-    lambda c: not on_cpu(c) and c.model_config.hf_text_config.model_type == "gpt_oss",
-    "has attention sinks, which the GPU's tree kernel does not know",
-)  # fmt: skip
 
 
 @refused(

@@ -2,7 +2,7 @@
 `vllm-eagle gpu-check` on a GPU.
 
 Shapes cover what serving meets: ragged batches, trees of the root alone, empty contexts, contexts of many blocks, all head sizes,
-caches of all types and layouts, windows, soft caps.
+caches of all types and layouts, windows, soft caps, sinks.
 """
 
 import os
@@ -73,6 +73,7 @@ class Attention:
     token_major: bool = False  # layout of the cache: tokens outside of heads
     window: int = 0
     soft_cap: float = 0.0
+    sinks: bool = False
     fp8: bool = False
     num_splits: int | None = None
     levels: bool = False  # rows see more keys than there are rows, as in a level of the drafter
@@ -96,6 +97,8 @@ def _attention_cases() -> Iterator[Case]:
         Attention(ragged, soft_cap=5.0),
         Attention(ragged, window=8, num_splits=2),
         Attention([(20, 90), (4, 3)], window=40, soft_cap=3.0),
+        Attention(ragged, sinks=True, num_splits=2),
+        Attention(ragged, sinks=True, window=8, heads=(8, 1, 64), dtype=torch.bfloat16),
         Attention(ragged, dtype=torch.bfloat16, fp8=True, num_splits=2),
         Attention(ragged, levels=True),
         Attention(ragged, levels=True, num_splits=3, window=12, dtype=torch.float16),
@@ -168,6 +171,9 @@ def run_attention(shape: Attention, device: torch.device, seed: int, num_trees: 
     options: dict[str, Any] = {"soft_cap": shape.soft_cap, "window": shape.window}
     if shape.fp8:
         options |= {"key_scale": 0.5, "value_scale": 0.25}
+    if shape.sinks:
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        options["sinks"] = 3 * torch.randn(shape.heads[0], generator=generator, device=device, dtype=shape.dtype)
     found, expected = (torch.full_like(query, 7.0) for _ in range(2))
     longest = max(context for _, context in shape.sizes)
     tree_attention.tree_attention(query, key, value, kv_cache, rows, scale, found, longest, num_splits=shape.num_splits, **options)

@@ -55,14 +55,14 @@ def _cuts(context_len, splits, BLOCK_N: tl.constexpr):
 # Not specialized on what changes from step to step: that would compile while requests wait.
 @triton.jit(do_not_specialize=["window", "splits", "all_rows", "visible_tree", "visible_row", "table_row"])
 def _part(
-    query, key, value, kv_cache, block_table, context_lens, first_rows, num_rows, first_keys, num_keys, visible,
+    query, key, value, kv_cache, block_table, context_lens, first_rows, num_rows, first_keys, num_keys, visible, sinks,
     output, log_sums, first_places,
     scale, key_scale, value_scale, soft_cap, window, splits, all_rows, all_heads,
     query_row, query_head, key_row, key_head, value_row, value_head,
     cache_block, cache_head, cache_slot, table_row, visible_tree, visible_row, output_row, output_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, LOG2_E: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     tree, kv_head = tl.program_id(0), tl.program_id(1)
     split, row_block = tl.program_id(2) % splits, tl.program_id(2) // splits
@@ -129,6 +129,14 @@ def _part(
                 before += tl.sum(count, 1)
                 seen = seen & (nth > (depth - window)[:, None])
             top, total, found = _attend(asked, k, v, seen, top, total, found, scale, soft_cap, CAP, LOG2_E)
+        if SINKS:  # a key without a value; each row sees itself, so its highest score is finite
+            sink = tl.load(sinks + head, mask=is_row, other=float("-inf")).to(tl.float32) * LOG2_E
+            new_top = tl.maximum(top, sink)
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # places of no row
+            faded = tl.exp2(top - base)
+            total = total * faded + tl.exp2(sink - base)
+            found = found * faded[:, None]
+            top = new_top
 
     found = found / tl.where(total > 0, total, 1.0)[:, None]
     here = is_row[:, None] & is_dim[None, :]
@@ -183,6 +191,7 @@ def tree_attention(
     window: int = 0,  # a row at position p sees positions above p - window; 0: all
     key_scale: float = 1.0,  # of an 8-bit cache
     value_scale: float = 1.0,
+    sinks: torch.Tensor | None = None,  # [num_heads], scores of a key without a value that every row sees
     num_splits: int | None = None,  # parts of the context, at most 64; None: as many as fill the GPU
 ) -> None:
     """Equals `reference`, for any mixture of trees. Key and value are those of tree rows, in the query's dtype."""
@@ -197,13 +206,13 @@ def tree_attention(
         num_splits = _filling_splits(query.device, programs, longest_context, block_n)
     options = (scale, soft_cap, window, key_scale, value_scale)
     if num_splits == 1:
-        _launch(query, key, value, kv_cache, rows, rows.context_lens, options, output, None, None, 1)
+        _launch(query, key, value, kv_cache, rows, rows.context_lens, options, sinks, output, None, None, 1)
         return
     assert num_splits <= _MOST_SPLITS
     # Room for the trees' rows alone: a prompt beside them may have thousands.
     parts, log_sums = _workspace(query, num_splits, num_trees * max_rows)
     places = torch.arange(num_trees, device=query.device, dtype=torch.int32) * max_rows
-    _launch(query, key, value, kv_cache, rows, rows.context_lens, options, parts, log_sums, places, num_splits)
+    _launch(query, key, value, kv_cache, rows, rows.context_lens, options, sinks, parts, log_sums, places, num_splits)
     _merge[(num_trees, max_rows, query.shape[1])](
         parts, log_sums, output, rows.context_lens, places, rows.first_rows, rows.num_rows, num_splits, *parts.shape[1:3],
         *output.stride()[:2], HEAD_DIM=query.shape[2], BLOCK_D=triton.next_power_of_2(query.shape[2]), BLOCK_N=block_n,
@@ -230,7 +239,7 @@ def own_attention(
     found, log_sums = _workspace(query, 1, num_places)
     if rows.visible.numel():
         empty, options = torch.zeros_like(rows.context_lens), (scale, soft_cap, window, 1.0, 1.0)
-        _launch(query, key, value, kv_cache, rows, empty, options, found, log_sums, places, 1)
+        _launch(query, key, value, kv_cache, rows, empty, options, None, found, log_sums, places, 1)
     return found[0], (log_sums[0] / _LOG2_E).t().contiguous()
 
 
@@ -267,6 +276,7 @@ def _launch(
     rows: TreeRows,
     context_lens: torch.Tensor,
     options: tuple[float, float, int, float, float],  # scale, soft cap, window, scales of keys and values in the cache
+    sinks: torch.Tensor | None,
     output: torch.Tensor,  # the whole answer, or with `log_sums` the parts' [num_splits, num_places, num_heads, head_dim]
     log_sums: torch.Tensor | None,
     places: torch.Tensor | None,  # [num_trees] int32, first place of each tree in the parts
@@ -280,14 +290,14 @@ def _launch(
     visible = rows.visible.view(torch.uint8)
     _part[(num_trees, key.shape[1], num_splits * triton.cdiv(max_rows * group, block_m))](
         query, key, value, kv_cache, rows.block_table, context_lens, rows.first_rows, rows.num_rows, rows.first_keys,
-        rows.num_keys, visible, output, output if log_sums is None else log_sums,
+        rows.num_keys, visible, query if sinks is None else sinks, output, output if log_sums is None else log_sums,
         rows.first_rows if places is None else places,
         scale, key_scale, value_scale, soft_cap, window, num_splits, output.shape[-3], num_heads,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],
         rows.block_table.stride(0), *visible.stride()[:2], *output.stride()[-3:-1],
         GROUP=group, HEAD_DIM=head_dim, PAGE=kv_cache.shape[2], BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=triton.next_power_of_2(head_dim), CAP=soft_cap > 0, WINDOW=window > 0, SPLIT=log_sums is not None,
-        SCALED=kv_cache.dtype.itemsize == 1, LOG2_E=_LOG2_E,
+        BLOCK_D=triton.next_power_of_2(head_dim), CAP=soft_cap > 0, WINDOW=window > 0, SINKS=sinks is not None,
+        SPLIT=log_sums is not None, SCALED=kv_cache.dtype.itemsize == 1, LOG2_E=_LOG2_E,
         num_warps=8 if block_m > 64 else 4, num_stages=_stages(query, kv_cache),
     )  # fmt: skip
 
@@ -318,6 +328,7 @@ def reference(
     window: int = 0,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    sinks: torch.Tensor | None = None,
     log_sums: torch.Tensor | None = None,  # [num_heads, num_tokens] float32, log-sum-exp of the trees' rows is written
 ) -> None:
     """The same in plain torch and float32, tree after tree."""
@@ -337,6 +348,9 @@ def reference(
         if soft_cap > 0:
             scores = soft_cap * (scores / soft_cap).tanh()
         scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:  # one more key, whose value is zero
+            scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, num_rows, 1)], -1)
+            values = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, 1))
         output[first_row : first_row + num_rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(output.dtype)
         if log_sums is not None:
             log_sums[:, first_row : first_row + num_rows] = scores.logsumexp(-1)

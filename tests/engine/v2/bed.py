@@ -147,7 +147,8 @@ def _run(case: Case) -> Answers:
 
             stack.enter_context(pictures.seeing(Path(case.model), case.pictures))
             prompts = pictures.prompts()
-        if "spec_model" in arguments or case.attention == "stock":
+        has_trees = not {"spec_model", "spec_method"}.isdisjoint(arguments)
+        if has_trees or case.attention == "stock":
             from tests.engine.v2 import worker
 
             worker.register(case.attention)
@@ -155,14 +156,14 @@ def _run(case: Case) -> Answers:
         try:
             if case.sessions:
                 turns = [session(llm, _params(each))[0] for each in case.params]
-                stats = llm.collective_rpc("eagle_stats")[0] if "spec_model" in arguments else {}
+                stats = llm.collective_rpc("eagle_stats")[0] if has_trees else {}
                 return Answers([answer for answers in turns for answer in answers], [], [], stats, [])
             with audit.recorded() if case.audit else nullcontext():
                 outputs = llm.generate(
                     prompts, [_params(each) for each in case.params], use_tqdm=False, lora_request=_adapters(case)
                 )
             stats, recent = ({}, [])
-            if "spec_model" in arguments:
+            if has_trees:
                 of_ranks, (recent, *_) = (llm.collective_rpc(name) for name in ("eagle_stats", "eagle_recent_trees"))
                 stats = of_ranks[0] | {"of_ranks": [dict(each) for each in of_ranks]}
             stats |= {"graphs": dict(graphs.counts)}

@@ -92,7 +92,7 @@ def _distinct_layers(runner: Any) -> Iterator[Any]:
         for layer in (runner.compilation_config.static_forward_context[name] for name in group.layer_names):
             impl, cache = layer.impl, layer.kv_cache
             shape = (layer.num_heads, layer.num_kv_heads, layer.head_size, cache.dtype, cache.shape[2], cache.stride())
-            kind = (*shape, impl.sliding_window, bool(impl.logits_soft_cap))
+            kind = (*shape, impl.sliding_window, bool(impl.logits_soft_cap), impl.sinks is None)
             if kind not in seen:
                 seen.add(kind)
                 yield layer
