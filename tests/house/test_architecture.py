@@ -40,7 +40,7 @@ ROOMS = {
     # measurements
     "bench": "",
     "bench/engines": "algorithm heads options train/data train/features vllm",
-    "bench/passes": "algorithm bench/engines heads vllm",
+    "bench/passes": "algorithm bench/engines engine/v2 heads vllm",
     "bench/heads": "algorithm bench/engines bench/passes bench/speed evaluate heads pair train/data train/features train/head "
     "train/run vllm",
     "bench/recorded": "algorithm bench/engines budget heads pair vllm",

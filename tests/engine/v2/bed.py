@@ -16,12 +16,14 @@ It cannot show races, 16-bit arithmetic, FlashAttention's own kernels (flash_by_
 import multiprocessing
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
@@ -73,6 +75,10 @@ class Bed:
     def run(self, case: Case) -> Answers:
         """An engine of its own for every case."""
         return self._pool.submit(_run, case).result()
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """A function in the process, where Triton is."""
+        return self._pool.submit(function, *arguments).result()
 
     def close(self) -> None:
         """End the process."""

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_eagle.algorithm.noise import draws_seeds, gumbel, peek_seeds
-from vllm_eagle.algorithm.noise_rows import NoiseRows
+from vllm_eagle.algorithm.noise import gumbel, peek_seeds
 from vllm_eagle.bench.engines.offline import Generated
 
 if TYPE_CHECKING:
@@ -40,15 +39,21 @@ def gaps(
         gap = logprobs[one[position]].logprob - logprobs[other[position]].logprob
         temperature = params[i].temperature
         if temperature > 0:
-            noise = noise_at(params[i].seed, position, vocab, "cuda" if torch.cuda.is_available() else "cpu")
+            seed, before = params[i].seed, len(prompts[i]) + position - 1
+            noise = on_cuda(seed, before, vocab) if torch.cuda.is_available() else on_cpu(seed, position, vocab)
             gap = gap / temperature + float(noise[one[position]] - noise[other[position]])
         each.append(round(gap, 5))
     return each
 
 
-def noise_at(seed: int, position: int, vocab_size: int, device: str) -> torch.Tensor:  # [vocab_size] float32
-    """What vLLM's sampler on that device adds to `logits / T` at this token of an answer, from 0, of a request with this seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    if draws_seeds(torch.device(device)):
-        return gumbel(peek_seeds(generator, position + 1)[-1], vocab_size)
-    return NoiseRows([generator], vocab_size).at(position + 1)[0]
+def on_cpu(seed: int, place: int, vocab_size: int) -> torch.Tensor:  # [vocab_size] float32
+    """What vLLM's V1 sampler adds to `logits / T` at this token of an answer, from 0, of a request with this seed."""
+    return gumbel(peek_seeds(torch.Generator().manual_seed(seed), place + 1)[-1], vocab_size)
+
+
+def on_cuda(seed: int, position: int, vocab_size: int, device: str = "cuda") -> torch.Tensor:  # [vocab_size] float32
+    """What vLLM's V2 sampler adds to them behind the token at this position of the text, from 0."""
+    from vllm_eagle.engine.v2.noise import coming_noise  # needs Triton
+
+    seeds, slots, positions = (torch.tensor([x], device=device) for x in (seed, 0, position))
+    return coming_noise(seeds, torch.ones(1, device=device), slots, positions, None, vocab_size)[0]
