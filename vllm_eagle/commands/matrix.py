@@ -62,6 +62,11 @@ WORKS = (
         f"trees with xgrammar and guidance; chains with a reasoning parser; {_INTERPRETED}",
         "test_grammars",
     ),
+    (
+        "on CUDA: INT8 W8A8 and 4-bit weights (compressed-tensors)",
+        f"with vLLM's layers for CPUs, and attention in float64, beside whose rounding nothing can be told; {_INTERPRETED}",
+        "test_quantized",
+    ),
     ("on CUDA: LoRA on the target", f"all requests have as many drafts; {_INTERPRETED}", "test_v2"),
     ("on CUDA: sessions whose prompt goes on after an answer", f"without drafts; {_INTERPRETED}", "test_v2"),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
@@ -70,7 +75,7 @@ OTHERWISE = (
     (
         "on CUDA: what the interpreter cannot show",
         "not run",
-        "the own kernels of FLASH_ATTN and xformers (CUSTOM), quantized targets and real CUDA graphs in CUDA's engine; any GPU",
+        "the own kernels of FLASH_ATTN and xformers (CUSTOM) and of quantized layers, real CUDA graphs; any GPU",
     ),
     ("tensor-parallel ranks as Ray actors", "not run", "vLLM refuses them on CPUs; worker and scheduler go to them by name"),
     ("lm-format-enforcer", "refused", "vLLM itself refuses it under speculation"),

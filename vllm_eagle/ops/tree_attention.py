@@ -330,21 +330,22 @@ def reference(
     value_scale: float = 1.0,
     sinks: torch.Tensor | None = None,
     log_sums: torch.Tensor | None = None,  # [num_heads, num_tokens] float32, log-sum-exp of the trees' rows is written
+    dtype: torch.dtype = torch.float32,  # in which all is computed
 ) -> None:
-    """The same in plain torch and float32, tree after tree."""
+    """The same in plain torch, tree after tree."""
     block_size, head_dim, group = kv_cache.shape[2], query.shape[2], query.shape[1] // key.shape[1]
     counts = (rows.context_lens, rows.first_rows, rows.num_rows, rows.first_keys, rows.num_keys)
     for tree, (context_len, first_row, num_rows, first_key, num_keys) in enumerate(zip(*(x.tolist() for x in counts), strict=True)):
         position = torch.arange(context_len, device=query.device)
         block = rows.block_table[tree, position // block_size].long()
-        context = kv_cache[block, :, position % block_size].float()  # [context_len, num_kv_heads, 2 * head_dim]
+        context = kv_cache[block, :, position % block_size].to(dtype)  # [context_len, num_kv_heads, 2 * head_dim]
         own = slice(first_key, first_key + num_keys)
         keys, values = (
-            torch.cat([seen, x[own].float()]).repeat_interleave(group, 1)
+            torch.cat([seen, x[own].to(dtype)]).repeat_interleave(group, 1)
             for seen, x in ((context[..., :head_dim] * key_scale, key), (context[..., head_dim:] * value_scale, value))
         )
         seen = within_window(rows.visible[tree, :num_rows, :num_keys], context_len, window)
-        scores = torch.einsum("qhd,khd->hqk", query[first_row : first_row + num_rows].float(), keys) * scale
+        scores = torch.einsum("qhd,khd->hqk", query[first_row : first_row + num_rows].to(dtype), keys) * scale
         if soft_cap > 0:
             scores = soft_cap * (scores / soft_cap).tanh()
         scores = scores.masked_fill(~seen, float("-inf"))

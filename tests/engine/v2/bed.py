@@ -44,8 +44,8 @@ class Case:
     params: Sequence[dict[str, Any]]  # of SamplingParams; "structured": of StructuredOutputsParams
     adapters: Sequence[str] = ()  # folders of LoRA adapters; request i gets the i-th, the others none
     engine: dict[str, Any] = field(default_factory=dict)  # engine arguments; none of trees: plain
-    # Or "cpu": vLLM's CPU attention and our operator; "flash", "xformers": CUDA's others, their kernels by torch; "stock": vLLM's
-    # Triton attention, for plain.
+    # Or "cpu": vLLM's CPU attention and our operator; "flash", "xformers": CUDA's others, their kernels by torch; "exact": as
+    # "triton", but in float64 (exact_attention.py), for plain, too; "stock": vLLM's Triton attention, for plain.
     attention: str = "triton"
     is_async: bool = False
     patches: tuple[str, ...] = ()  # names of functions in breakages.py
@@ -148,16 +148,20 @@ def _run(case: Case) -> Answers:
             from tests.engine.v2 import flash_by_torch
 
             stack.enter_context(flash_by_torch.installed(case.attention == "xformers"))
+        if case.attention == "exact":
+            from tests.engine.v2 import exact_attention
+
+            stack.enter_context(exact_attention.installed())
         if case.pictures:
             from tests.engine import pictures
 
             stack.enter_context(pictures.seeing(Path(case.model), case.pictures))
             prompts = pictures.prompts()
-        has_trees = not {"spec_model", "spec_method"}.isdisjoint(arguments)
-        if has_trees or case.attention == "stock":
-            from tests.engine.v2 import worker
+        from tests.engine.v2 import worker
 
-            worker.register(case.attention)
+        has_trees = not {"spec_model", "spec_method"}.isdisjoint(arguments)
+        plain = "stock" if case.attention in ("exact", "stock") else None
+        worker.register(case.attention if has_trees else plain)
         llm = LLM(case.model, **arguments)
         try:
             if case.sessions:

@@ -69,14 +69,14 @@ def attention(
     assert tuple(others.get("window_size") or (-1, -1)) == (-1, -1)
     out = torch.empty_like(q) if out is None else out
     log_sums = torch.empty(q.shape[1], len(q))
-    graphs.kernel(_attend)(
+    graphs.kernel(attend)(
         out, log_sums, q, k, v, cu_seqlens_q, seqused_k, block_table, scheduler_metadata,
         most_rows=max_seqlen_q, longest=max_seqlen_k, scale=softmax_scale, causal=causal, soft_cap=softcap,
     )  # fmt: skip
     return (out, log_sums) if return_softmax_lse else out
 
 
-def _attend(
+def attend(
     out: torch.Tensor,
     log_sums: torch.Tensor,  # [num_heads, rows]
     query: torch.Tensor,
@@ -92,7 +92,9 @@ def _attend(
     scale: float,
     causal: bool,
     soft_cap: float,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
+    """Rows of every request over its tokens in the cache, computed in `dtype`."""
     places, group = starts.tolist(), query.shape[1] // keys.shape[2]
     if made is not None:
         assert made[:2].tolist() == [len(lengths), most_rows], "a schedule of another batch"
@@ -105,8 +107,8 @@ def _attend(
         assert length <= longest
         position = torch.arange(length)
         at = block_table[i, position // keys.shape[1]].long(), position % keys.shape[1]
-        key, value = (x[at].float().repeat_interleave(group, 1) for x in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", query[own].float(), key) * scale
+        key, value = (x[at].to(dtype).repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", query[own].to(dtype), key) * scale
         scores = soft_cap * (scores / soft_cap).tanh() if soft_cap else scores
         if causal:
             scores = scores.masked_fill(position > torch.arange(length - rows, length)[:, None], -torch.inf)

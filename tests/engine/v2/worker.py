@@ -46,6 +46,7 @@ class XFormersInCPUsPlace(_InCPUsPlace, TreeXFormersBackend):
 
 _BACKENDS = {
     "triton": f"{__name__}.TritonInCPUsPlace",
+    "exact": f"{__name__}.TritonInCPUsPlace",
     "flash": f"{__name__}.FlashInCPUsPlace",
     "xformers": f"{__name__}.XFormersInCPUsPlace",
     "stock": f"{__name__}.StockInCPUsPlace",
@@ -53,9 +54,12 @@ _BACKENDS = {
 }
 
 
-def register(attention: str) -> None:
-    """Put a backend in the place of the CPU's."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, _BACKENDS[attention])
+def register(attention: str | None) -> None:
+    """Put a backend in the place of the CPU's; None: vLLM's own is there again."""
+    if attention is None:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+    else:
+        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKENDS[attention])
     _cached_get_attn_backend.cache_clear()
 
 
