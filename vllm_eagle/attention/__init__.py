@@ -7,4 +7,5 @@
 - cpu_kernel.py: the CPU kernel, on tensors.
 - cpu.py: vLLM's CPU backend with tree rows.
 - cuda.py: vLLM's CUDA backends: which for what, what they share, Triton's; flash.py: FlashAttention's; xformers.py: xformers'.
+- mla.py: vLLM's Triton attention over latents, of targets with MLA.
 """

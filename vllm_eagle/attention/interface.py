@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 
 from vllm_eagle.algorithm.config import CONFIG_KEY
 
 CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CUSTOM")  # in whose places cuda.py puts backends with tree rows
+LATENT_BACKEND = "TRITON_MLA"  # likewise, of layers with latent attention (MLA)
 
 
 @runtime_checkable
@@ -42,7 +43,7 @@ def check_layers(layers: Mapping[str, Any], max_model_len: int) -> None:
         ValueError: a layer cannot; the message says why.
     """
     for name, layer in layers.items():
-        if not isinstance(layer, Attention):
+        if not isinstance(layer, (Attention, MLAAttention)):
             continue
         if not isinstance(layer.impl, TreeAttention):
             raise ValueError(

@@ -7,12 +7,18 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu_worker import Worker
 
 FORWARD = "layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+_LATENT_FORWARD = (
+    "q k_c_normed k_pe kv_cache attn_metadata output output_scale output_block_scale quant_group_size quant_scale_ue8m0 "
+    "quant_col_major quant_tma_aligned q_dcp_replicated"
+)
 BUILD = "common_prefix_len common_attn_metadata fast_build"
 
 
 def of_attention() -> Iterator[tuple[Any, str, str, str]]:
     """Of its backends."""
-    from vllm.v1.attention.backends import fa_utils, flash_attn, registry, triton_attn
+    from vllm.model_executor.layers.attention import mla_attention
+    from vllm.v1.attention.backends import fa_utils, flash_attn, registry, triton_attn, utils
+    from vllm.v1.attention.backends.mla import triton_mla
     from vllm.v1.attention.ops import merge_attn_states
 
     yield registry, "register_backend", "class_path is_mamba", "attention/cuda.py"
@@ -25,6 +31,14 @@ def of_attention() -> Iterator[tuple[Any, str, str, str]]:
         yield impl, "fused_output_quant_supported", "quant_key", "attention/cuda.py"
         yield builder, "build", BUILD, "attention/cuda.py"
         yield builder, "get_varlen_cudagraph_max_query_len", "kv_cache_spec", "attention/cuda.py"
+    impl, builder, file = triton_mla.TritonMLAImpl, triton_mla.TritonMLAMetadataBuilder, "attention/mla.py"
+    yield impl, "forward_mqa", "q kv_c_and_k_pe_cache attn_metadata layer", file
+    yield builder, "__init__", "kv_cache_spec layer_names vllm_config device", file
+    yield builder, "build", BUILD, file
+    yield builder, "get_varlen_cudagraph_max_query_len", "kv_cache_spec", file
+    yield mla_attention.MLAAttention, "forward_impl", _LATENT_FORWARD, file
+    yield mla_attention.MLAAttention, "bind_kv_cache", "kv_cache", "engine/v2/runner.py"
+    yield utils, "split_decodes_and_prefills", "decode_threshold require_uniform treat_short_extends_as_decodes", file
     yield (
         merge_attn_states,
         "merge_attn_states",

@@ -363,7 +363,7 @@ class EagleTreeRunner(GPUModelRunner):
         """
         self._moves = []
         for gid, layers in self._target_layers():
-            caches, block_size = Caches.of([layer.kv_cache for layer in layers]), self.block_tables.block_sizes[gid]
+            caches, block_size = Caches.of([_with_heads(layer.kv_cache) for layer in layers]), self.block_tables.block_sizes[gid]
             if caches.block_size != block_size:
                 raise ValueError(
                     f"attention takes blocks of {caches.block_size} tokens where block_size is {block_size}: "
@@ -374,6 +374,11 @@ class EagleTreeRunner(GPUModelRunner):
     def _target_layers(self) -> Iterator[tuple[int, list[Any]]]:
         layers = self.compilation_config.static_forward_context
         return target_layers(self.kv_cache_config, layers, self.speculator.draft_attn_layer_names)
+
+
+def _with_heads(cache: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, num_kv_heads, block_size, content]; vLLM's layers of latents, which are of a single head, leave that out."""
+    return cache[:, None] if cache.dim() == 3 else cache
 
 
 def _depends_on_path(params: SamplingParams) -> bool:

@@ -74,7 +74,7 @@ def attention(runner: Any) -> None:
     """Of each kind of layer, with few and many rows, in one part and in several."""
     for layer in _distinct_layers(runner):
         one = torch.ones(1, dtype=torch.int64, device=runner.device)
-        num_blocks = cdiv(runner.max_model_len, layer.kv_cache.shape[2])
+        num_blocks = cdiv(runner.max_model_len, layer.kv_cache.shape[-2])
         table = torch.zeros(1, num_blocks, dtype=torch.int32, device=runner.device)  # vLLM's null block
         for num_rows in sorted({max(1, stacked * layer.num_kv_heads // layer.num_heads) for stacked in (16, 32, 64, 128)}):
             visible = torch.ones(1, num_rows, num_rows, dtype=torch.bool, device=runner.device).tril()
@@ -91,8 +91,9 @@ def _distinct_layers(runner: Any) -> Iterator[Any]:
     for group in runner.kv_cache_config.kv_cache_groups:
         for layer in (runner.compilation_config.static_forward_context[name] for name in group.layer_names):
             impl, cache = layer.impl, layer.kv_cache
-            shape = (layer.num_heads, layer.num_kv_heads, layer.head_size, cache.dtype, cache.shape[2], cache.stride())
-            kind = (*shape, impl.sliding_window, bool(impl.logits_soft_cap), impl.sinks is None)
+            shape = (layer.num_heads, layer.num_kv_heads, layer.head_size, cache.dtype, cache.shape[-2], cache.stride())
+            options = (getattr(impl, name, None) for name in ("sliding_window", "logits_soft_cap"))  # latents have none
+            kind = (*shape, *options, getattr(impl, "sinks", None) is None)
             if kind not in seen:
                 seen.add(kind)
                 yield layer
