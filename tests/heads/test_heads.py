@@ -313,6 +313,13 @@ EAGLE3_REFUSALS: list[tuple[Change, str]] = [
     (weight("t2d", torch.ones(VOCAB)), "t2d is torch.float32, a bool type is expected"),
     (weight("fc.bias", torch.ones(HIDDEN)), "fc.bias is unknown in an EAGLE-3 head"),
     (
+        both(
+            weight("midlayer.self_attn.kv_a_proj_with_mqa.weight", torch.ones(320, 2 * HIDDEN)),
+            removed("midlayer.self_attn.k_proj.weight", "midlayer.self_attn.v_proj.weight"),
+        ),
+        "layers with latent attention .MLA., which no head has here; take one whose layers are Llama's",
+    ),
+    (
         both(weight("input_norm.weight", torch.ones(3 * HIDDEN)), setting(norm_before_fc=False)),
         'input_norm.weight is in the weights, but config.json says "norm_before_fc": false; set it to true',
     ),

@@ -65,6 +65,8 @@ def expected(head: Head) -> dict[str, tuple[tuple[int, ...], bool]]:
 
 def problems(head: Head) -> list[str]:
     """Why the head cannot be what it claims to be; empty if it can."""
+    if any("kv_a_proj_with_mqa" in name for name in head.tensors):
+        return ["layers with latent attention (MLA), which no head has here; take one whose layers are Llama's"]
     shapes = expected(head)
     found = [*_aux_problems(head), *_setting_problems(head), *_norm_problems(head)]
     found += [_unknown(head, name) for name in sorted(head.tensors.keys() - shapes.keys())]
