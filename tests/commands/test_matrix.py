@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.engine.engines import ENGINE, trees
@@ -19,6 +20,7 @@ from vllm_eagle.engine import rules, support
 from vllm_eagle.pair import REAL_HEAD
 
 ON_CUDA: dict[str, object] = {"device_config.device_type": "cuda"}
+LATENT: dict[str, object] = {"model_config.use_mla": True, "model_config.architectures": ["DeepseekV3ForCausalLM"]}
 # A change to the configuration that breaks each rule.
 BREAKS: dict[str, dict[str, object]] = {
     "speculative methods other than EAGLE": {"speculative_config.method": "medusa"},
@@ -27,7 +29,12 @@ BREAKS: dict[str, dict[str, object]] = {
     "heterogeneous vocabularies": {"speculative_config.use_heterogeneous_vocab": True},
     "padded drafter batch": {"speculative_config.disable_padded_drafter_batch": False},
     "rejection_sample_method, draft_sample_method": {"speculative_config.draft_sample_method": "probabilistic"},
-    "MLA": {"model_config.use_mla": True},
+    "MLA, on CPUs": LATENT,
+    "MLA other than that of DeepSeek-V2 and V3 and of Kimi K2": {"model_config.use_mla": True},
+    "MLA with another CUDA attention backend than TRITON_MLA": ON_CUDA
+    | LATENT
+    | {"attention_config.backend": AttentionBackendEnum.FLASHMLA},
+    "quantized KV cache with MLA, on CUDA": ON_CUDA | LATENT | {"cache_config.cache_dtype": "fp8"},
     "Mamba, linear attention, hybrids": {"model_config.is_hybrid": True},
     "encoder-decoder": {"model_config.is_encoder_decoder": True},
     "ALiBi": {"model_config.uses_alibi": True},
@@ -127,7 +134,12 @@ def test_no_rule_is_forgotten_here() -> None:
     assert BREAKS.keys() == {rule.feature for rule in rules.RULES}
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs triton: pip install --no-deps -r vllm_eagle/locks/interop.lock"
+)
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("changes", "capability", "chosen"),
     [
@@ -159,6 +171,27 @@ def test_the_backend_that_is_chosen_takes_the_layers(
         monkeypatch.setattr(module, "current_platform", platform)
     half = {"model_config.dtype": torch.bfloat16, "speculative_config.draft_model_config.dtype": torch.bfloat16}
     assert cuda.default_backend(Changed(config, half | changes)).name == chosen  # type: ignore[arg-type]
+
+
+@needs_triton
+@pytest.mark.parametrize(("is_latent", "chosen"), [(True, ("TRITON_MLA", "FLASH_ATTN")), (False, ("FLASH_ATTN", "FLASH_ATTN"))])
+def test_latents_have_a_backend_of_their_own(
+    is_latent: bool, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch, random_models: dict[str, Path]
+) -> None:
+    """The head beside them has one that takes its layers."""
+    from vllm_eagle.attention import cuda
+
+    config = EngineArgs(model=str(random_models["target"]), **(ENGINE | trees(random_models["eagle"]))).create_engine_config()
+    registered: dict[str, str] = {}
+    monkeypatch.setattr(cuda, "register_backend", lambda backend, path: registered.update({backend.name: path}))
+    platform = SimpleNamespace(get_device_capability=lambda: DeviceCapability(9, 0))
+    monkeypatch.setattr(cuda, "current_platform", platform)
+    target, head = config.model_config, config.speculative_config.draft_model_config
+    target.dtype = head.dtype = torch.bfloat16
+    monkeypatch.setattr(type(target), "use_mla", property(lambda self: is_latent and self is target))
+    cuda.register(config)
+    assert (config.attention_config.backend.name, config.speculative_config.attention_backend.name) == chosen
+    assert {resolve_obj_by_qualname(path).get_name() for path in registered.values()} == registered.keys()
 
 
 def test_what_works_names_a_test_that_exists() -> None:

@@ -5,6 +5,7 @@
 | FLASH_ATTN (flash.py) | FlashAttention over the context, ours over the tree, vLLM's merge | float32, windows, sinks, fp8, hd256 |
 | TRITON_ATTN | our kernel for both, in one launch where a context is short | - |
 | CUSTOM (xformers.py) | xformers' partial attention over both, its merge | as FLASH_ATTN; soft caps, other heads |
+| TRITON_MLA (mla.py) | our kernel over latents, for targets with latent attention; the head has one of the others | fp8 |
 
 - float32: FlashAttention, which runs plain rows under CUSTOM, too, computes in 16 bits; vLLM refuses it.
 - windows shorter than max_model_len: both would count them by row, as if a tree's rows were consecutive tokens.
@@ -40,7 +41,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec, is_quantized_kv_cache
 
-from vllm_eagle.attention.interface import window_is_asked
+from vllm_eagle.attention.interface import LATENT_BACKEND, window_is_asked
 from vllm_eagle.attention.tree_impl import Divided, PrefixBuilder, TreeImpl, TreePass
 from vllm_eagle.ops.rows import TreeRows
 
@@ -53,23 +54,29 @@ def register(vllm_config: VllmConfig) -> None:
     register_backend(AttentionBackendEnum.FLASH_ATTN, "vllm_eagle.attention.flash.TreeFlashAttentionBackend")
     register_backend(AttentionBackendEnum.TRITON_ATTN, f"{__name__}.{TreeTritonAttentionBackend.__name__}")
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_eagle.attention.xformers.TreeXFormersBackend")
-    if vllm_config.attention_config.backend is None:  # else support.py has made sure that it is one of these
-        vllm_config.attention_config.backend = default_backend(vllm_config)
-    speculative = vllm_config.speculative_config
+    register_backend(AttentionBackendEnum.TRITON_MLA, "vllm_eagle.attention.mla.TreeMLABackend")
+    speculative, is_latent = vllm_config.speculative_config, vllm_config.model_config.use_mla
+    chosen = None if is_latent else vllm_config.attention_config.backend
+    if chosen is None:  # else support.py has made sure that it is one of these
+        chosen = default_backend(vllm_config)
+    vllm_config.attention_config.backend = AttentionBackendEnum[LATENT_BACKEND] if is_latent else chosen
     if speculative is not None and speculative.attention_backend is None:  # vLLM would choose another one for the head
-        speculative.attention_backend = vllm_config.attention_config.backend
+        speculative.attention_backend = chosen
 
 
 def default_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
-    """One that runs here, and takes the tree rows of target and head: else their layers would be refused."""
+    """One that runs here, and takes the tree rows of target and head, or of the head alone beside a target with latent attention:
+    else their layers would be refused.
+    """
     capability, speculative = current_platform.get_device_capability(), vllm_config.speculative_config
     models = [vllm_config.model_config, *([] if speculative is None else [speculative.draft_model_config])]
+    models = [model for model in models if model is not None and not model.use_mla]  # latents have a backend of their own
     flash = (
         capability is not None
         and FlashAttentionBackend.supports_compute_capability(capability)
         and not window_is_asked(vllm_config)
         and not is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
-        and all(_flash_attention_takes(model, vllm_config.model_config.max_model_len) for model in models if model is not None)
+        and all(_flash_attention_takes(model, vllm_config.model_config.max_model_len) for model in models)
     )
     return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
 

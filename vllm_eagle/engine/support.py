@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 
 from vllm_eagle.algorithm.config import CONFIG_KEY, TreeConfig
-from vllm_eagle.attention.interface import CUDA_BACKENDS, window_is_asked
+from vllm_eagle.attention.interface import CUDA_BACKENDS, LATENT_BACKEND, window_is_asked
 from vllm_eagle.engine import target_rules  # noqa: F401  it adds its rules
 from vllm_eagle.engine.draft_vocab import named_tokens
 from vllm_eagle.engine.features import HANDED_ON, LISTENED
@@ -186,12 +186,24 @@ def _attention_backend(config: VllmConfig) -> str | None:
         return None
     per_kind = config.attention_config.backend_per_kind
     chosen = {
-        "attention_backend": config.attention_config.backend,
+        "attention_backend": None if config.model_config.use_mla else config.attention_config.backend,
         "speculative_config.attention_backend": config.speculative_config.attention_backend,
         **{f"attention_config.backend_per_kind.{kind}": backend for kind, backend in per_kind.items()},
     }
     wrong = [f"{name}={x.name}" for name, x in chosen.items() if x is not None and x.name not in CUDA_BACKENDS]
     return f"{', '.join(wrong)}: no tree rows there; set it to {' or '.join(CUDA_BACKENDS[:2])}" if wrong else None
+
+
+@refused(f"MLA with another CUDA attention backend than {LATENT_BACKEND}", "this has tree rows; it is chosen by itself")
+def _latent_backend(config: VllmConfig) -> str | None:
+    chosen = config.attention_config.backend
+    if config.device_config.device_type != "cuda" or not config.model_config.use_mla or chosen is None:
+        return None
+    return (
+        None
+        if chosen.name == LATENT_BACKEND
+        else f"attention_backend={chosen.name}: no tree rows there; set it to {LATENT_BACKEND}"
+    )
 
 
 def _engine_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
@@ -273,6 +285,11 @@ _v2_rule(
     "speculative_config.enable_adaptive_verification is for chains, trees have a budget of their own; remove it",
 )  # fmt: skip
 _v2_rule(
+    "quantized KV cache with MLA", "the tree kernel over latents does not read it",
+    lambda c: c.model_config.use_mla and c.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+    "kv_cache_dtype: with MLA the tree kernel reads no quantized cache; set kv_cache_dtype to auto",
+)  # fmt: skip
+_v2_rule(
     "draft_window with other attention than TRITON_ATTN", "the others would count it by row", lambda c: _wants_window(c),
     "draft_window: only TRITON_ATTN counts a window by position along a tree; set attention_backend to it, or draft_window to 0",
 )  # fmt: skip
@@ -282,7 +299,8 @@ def _wants_window(config: VllmConfig) -> bool:
     """Whether a window over the head is asked for beside a backend that cannot have one; where none is chosen, one that can is."""
     if not window_is_asked(config):
         return False
-    chosen = (config.attention_config.backend, config.speculative_config.attention_backend)
+    of_the_target = None if config.model_config.use_mla else config.attention_config.backend  # else it is not the head's
+    chosen = (of_the_target, config.speculative_config.attention_backend)
     return any(backend is not None and backend.name != "TRITON_ATTN" for backend in chosen)
 
 

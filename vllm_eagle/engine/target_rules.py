@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from vllm.config import VllmConfig
 
-from vllm_eagle.engine.rules import PLAIN, on_cpu, refused
+from vllm_eagle.engine.rules import PLAIN, engine_of, on_cpu, refused
 
 # Classes of vLLM that see pictures, with causal attention over them.
 SEEING = (
@@ -12,6 +12,8 @@ SEEING = (
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
 )
+# Classes of vLLM with latent attention over all of the context; Kimi K2's is DeepSeek's.
+LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
 
 def _model_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], text: str) -> None:
@@ -22,8 +24,14 @@ def _model_rule(feature: str, why: str, applies: Callable[[VllmConfig], bool], t
 
 
 _model_rule(
-    "MLA", "its tree kernel is in no engine yet; on CPUs vLLM has no cache for a head beside it", lambda c: c.model_config.use_mla,
-    "uses multi-head latent attention (MLA), which has no tree kernel here",
+    "MLA, on CPUs", "vLLM has no cache there for a head beside it",
+    lambda c: c.model_config.use_mla and not engine_of(c).is_v2,
+    "uses multi-head latent attention (MLA), which has trees on CUDA only",
+)  # fmt: skip
+_model_rule(
+    "MLA other than that of DeepSeek-V2 and V3 and of Kimi K2", "sparse, beside a recurrent state, or not tried",
+    lambda c: c.model_config.use_mla and (not set(c.model_config.architectures) <= set(LATENT) or _is_sparse(c)),
+    f"has latent attention (MLA) that is sparse or was not tried; with trees that of these is served: {', '.join(LATENT)}",
 )  # fmt: skip
 _model_rule(
     "Mamba, linear attention, hybrids", "a recurrent state cannot branch",
@@ -70,6 +78,11 @@ def _pruned_videos(config: VllmConfig) -> str | None:
 
 def _is_other_multimodal(config: VllmConfig) -> bool:
     return config.model_config.is_multimodal_model and not set(config.model_config.architectures) & set(SEEING)
+
+
+def _is_sparse(config: VllmConfig) -> bool:
+    """As DeepSeek-V3.2, in which each row chooses what it sees."""
+    return getattr(config.model_config.hf_text_config, "index_topk", None) is not None
 
 
 def _is_recurrent(config: VllmConfig) -> bool:

@@ -135,13 +135,14 @@ def _run(case: Case) -> Answers:
     from vllm import LLM
 
     from tests.engine.test_sessions import session
-    from tests.engine.v2 import audit, graphs
+    from tests.engine.v2 import audit, graphs, latents_by_torch
 
     arguments = ENGINE | case.engine
     prompts: Any = [{"prompt_token_ids": ids} for ids in case.prompts]
     with ExitStack() as stack:
         stack.enter_context(_configured(case))
         stack.enter_context(_broken(case.patches))
+        stack.enter_context(latents_by_torch.installed())
         if case.capture_sizes:
             stack.enter_context(graphs.installed())
         if case.attention in ("flash", "xformers"):
@@ -218,7 +219,11 @@ def _configured(case: Case) -> Iterator[None]:
     stock = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
     def check(cls: type, config: Any) -> None:
+        asked = config.scheduler_config.max_num_batched_tokens, config.cache_config.enable_prefix_caching
         stock(cls, config)
+        if config.model_config.use_mla:  # for which it has these switched off
+            config.scheduler_config.enable_chunked_prefill = True
+            config.scheduler_config.max_num_batched_tokens, config.cache_config.enable_prefix_caching = asked
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         config.scheduler_config.async_scheduling = case.is_async
         if case.capture_sizes:

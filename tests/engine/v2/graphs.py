@@ -26,7 +26,8 @@ from tests.engine.v2.audit import READS
 
 TO_HOST = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "pin_memory"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy", "_pin_memory"}
-OPAQUE = {"unified_attention_with_output", "unified_kv_cache_update"}  # vLLM's operators whose Python reads what is not recorded
+# vLLM's operators whose Python reads what is not recorded
+OPAQUE = {f"unified_{kind}{name}" for kind in ("", "mla_") for name in ("attention_with_output", "kv_cache_update")}
 counts: Counter[str] = Counter()
 
 

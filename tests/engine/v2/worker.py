@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -44,6 +45,10 @@ class XFormersInCPUsPlace(_InCPUsPlace, TreeXFormersBackend):
     """Likewise."""
 
 
+_LATENT = {
+    "triton": "vllm_eagle.attention.mla.TreeMLABackend",
+    "stock": f"{TritonMLABackend.__module__}.{TritonMLABackend.__name__}",
+}
 _BACKENDS = {
     "triton": f"{__name__}.TritonInCPUsPlace",
     "exact": f"{__name__}.TritonInCPUsPlace",
@@ -56,10 +61,17 @@ _BACKENDS = {
 
 def register(attention: str | None) -> None:
     """Put a backend in the place of the CPU's; None: vLLM's own is there again."""
-    if attention is None:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-    else:
-        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKENDS[attention])
+    # Of those for latents the platform takes one or the other, by what the processor can do.
+    places = {
+        AttentionBackendEnum.CPU_ATTN: _BACKENDS,
+        AttentionBackendEnum.CPU_MLA: _LATENT,
+        AttentionBackendEnum.AMX_MLA: _LATENT,
+    }
+    for place, backends in places.items():
+        if attention in backends:
+            register_backend(place, backends[attention])
+        else:
+            place.clear_override()
     _cached_get_attn_backend.cache_clear()
 
 
