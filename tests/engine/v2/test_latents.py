@@ -5,6 +5,7 @@ What multiplies the latents of prompts out is vLLM's own for CPUs.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ def plain(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Ans
     """Greedy and sampled, more requests than run at a time; prompts come in pieces, of which the last are short."""
     target = random_target(tmp_path_factory.mktemp("latent") / "target")
     params = [{"temperature": float(i % 2), "seed": i, "max_tokens": 24, "ignore_eos": True, "detokenize": False} for i in range(4)]
-    engine = {"skip_tokenizer_init": True, "max_num_seqs": 3, "max_num_batched_tokens": 48}
+    engine: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_seqs": 3, "max_num_batched_tokens": 48}
+    # vLLM's operator for CPUs turns slices of a query wrongly, another way for every number of rows; by torch it is as on a GPU.
+    engine["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     asked = Case(str(target), PROMPTS, params, engine=engine, attention="stock")
     return asked, bed.run(asked)
 
