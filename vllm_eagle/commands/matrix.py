@@ -69,6 +69,11 @@ WORKS = (
     ),
     ("on CUDA: LoRA on the target", f"all requests have as many drafts; {_INTERPRETED}", "test_v2"),
     ("on CUDA: sessions whose prompt goes on after an answer", f"without drafts; {_INTERPRETED}", "test_v2"),
+    (
+        "on CUDA: MLA (DeepSeek-V2 and V3, Kimi K2)",
+        f"TRITON_MLA for the target, heads of Llama's kind; a tiny random one; {_INTERPRETED}",
+        "test_latents",
+    ),
     ("heads as safetensors or as a pickle of tensors", "pickles that hold code are refused", "test_faults"),
 )
 OTHERWISE = (
