@@ -363,3 +363,8 @@ def test_trees_put_in_order_on_a_device_are_those_of_the_host(seed: int) -> None
 def test_nobody_drafts() -> None:
     head = TableHead(0, 0)
     assert grow([], torch.zeros(0, VOCAB), head, TreeConfig(4)) == []
+
+
+def test_temperatures_may_be_whole_numbers() -> None:
+    batch = Batch.of([Request(0, 4, 1), Request(0, 4, 0)], TreeConfig(4), torch.device("cpu"))
+    assert batch.temperatures.dtype == torch.float32

@@ -75,7 +75,7 @@ class Batch:
         budgets = [min(r.num_draft_tokens, config.num_draft_tokens) for r in requests]
         return cls(
             _sent(budgets, device),
-            _sent([r.temperature for r in requests], device),
+            _sent([float(r.temperature) for r in requests], device),  # users write 1, too
             _sent([r.max_depth for r in requests], device),
             _sent([r.topk for r in requests], device),
             max(budgets),
