@@ -68,6 +68,17 @@ def even_embedding(model: Any) -> None:
     table /= table.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-6)  # the padding's row is zero
 
 
+def half_known(model: Any) -> None:
+    """Let layers add a little to the token's embedding: enough that attention decides, so little that a head which hands the
+    embedding on is often right.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter *= 0.5 if "o_proj" in name else 0.02
+        even_embedding(model)
+
+
 def answers(target: FrozenTarget, temperature: float) -> list[Text]:
     """What transformers has the target say to the prompts; prompt i samples with seed i."""
     return write_answers(target, PROMPTS, NUM_TOKENS, MARGIN, temperature)

@@ -7,7 +7,7 @@ import transformers
 from vllm import SamplingParams
 
 from tests.engine.engines import engine, generate, tokens, tree_stats, trees
-from tests.engine.families import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, even_embedding
+from tests.engine.families import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, half_known
 from tests.engine.test_targets import knowing_head, refusal
 from tests.tiers import exhaustive
 
@@ -15,7 +15,7 @@ CHUNK = 512
 
 
 def random_target(folder: Path) -> Path:
-    """Layers that add a little to the token's embedding: enough that attention decides, so little that drafts are right."""
+    """Of Llama 4's kind, with experts in every other layer."""
     torch.manual_seed(8)
     config = transformers.Llama4TextConfig(
         hidden_size=HIDDEN, intermediate_size=64, intermediate_size_mlp=FFN, num_hidden_layers=4, num_attention_heads=HEADS,
@@ -24,11 +24,7 @@ def random_target(folder: Path) -> Path:
         eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     model = transformers.Llama4ForCausalLM(config).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter *= 0.5 if "o_proj" in name else 0.02
-        even_embedding(model)
+    half_known(model)
     model.save_pretrained(folder)
     return folder
 

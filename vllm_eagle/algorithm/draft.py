@@ -147,11 +147,11 @@ class _Ranker:
     """Order the children of a node and say how sure the head is of each."""
 
     def __init__(self, temperatures: torch.Tensor, confidence_scale: float, coupled: bool):
+        # There is noise with coupling only, and zero for greedy requests.
+        self._noise_factors = temperatures * (NOISE_WEIGHT / confidence_scale)
         # With the noise known, or none, the outcome is certain and only the head's error is left, which is one of its logits at any
         # temperature: the confidence is that of `log q + T * noise` and may be sharper than the probability. Without the noise, the
         # probability at this temperature is the acceptance.
-        # There is noise with coupling only, and zero for greedy requests.
-        self._noise_factors = temperatures * (NOISE_WEIGHT / confidence_scale)
         if coupled:
             self._factors = torch.full_like(temperatures, 1 / confidence_scale)
         else:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.families import FFN, HEADS, HIDDEN, VOCAB, even_embedding
+from tests.engine.families import FFN, HEADS, HIDDEN, VOCAB, half_known
 from tests.engine.test_targets import knowing_head
 from tests.engine.v2.bed import Answers, Bed, Case
 from tests.tiers import interpreted
@@ -21,9 +21,7 @@ PROMPTS = [[3 + (7 * i + 5 * j) % 250 for j in range(length)] for i, length in e
 
 
 def random_target(folder: Path) -> Path:
-    """Of DeepSeek-V3's kind, without experts, whose layers add a little to the token's embedding: a head that hands it on knows the
-    next token half, so that branches are accepted.
-    """
+    """Of DeepSeek-V3's kind, without experts."""
     torch.manual_seed(8)
     config = transformers.DeepseekV3Config(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=3, num_attention_heads=HEADS, num_key_value_heads=HEADS,
@@ -32,11 +30,7 @@ def random_target(folder: Path) -> Path:
         max_position_embeddings=512, initializer_range=0.2, bos_token_id=0, eos_token_id=1, num_nextn_predict_layers=0,
     )  # fmt: skip
     model = transformers.DeepseekV3ForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter *= 0.5 if "o_proj" in name else 0.02
-        even_embedding(model)
+    half_known(model)
     model.save_pretrained(folder)
     return folder
 
